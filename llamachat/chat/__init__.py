@@ -1,0 +1,1 @@
+"""Messages in, events out: the conversation above one engine."""

@@ -1,0 +1,117 @@
+"""The contract between the decoder and whatever computes it.
+
+The model is written once (`model/decoder.py`), in five fused calls a layer; a backend is one
+object with these methods. `reference.py` composes all of them from `linear` in plain torch and is
+the definition of right; another backend overrides what it does better.
+
+Shapes: T new tokens, S cached and new, D dim, H heads, K kv heads, E head_dim, F hidden_dim,
+V vocab, (O, I) weight out x in, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llamachat.quant.tensor import QTensor
+
+Weight = Any  # opaque: only the backend that packed it reads it
+Cache = Any
+Act = Any  # an activation in whatever form the backend passes from one call to the next
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pass: T tokens of B rows; int32, on the device, fixed shapes.
+
+    Attributes:
+        ids: (T,) token ids.
+        row: (T,) the row each token belongs to.
+        slot: (T,) the cache slot its key and value go to.
+        seen: (T,) how many entries of its row's table it attends to (causal: position + 1).
+        position: (T,) what rope turns by; the decoder makes it angles once a pass.
+        table: (B, C) cache slots of each row, in order; entries past a row's length are unread.
+        wanted: (L,) indices of the tokens whose logits are returned.
+    """
+
+    ids: Tensor
+    row: Tensor
+    slot: Tensor
+    seen: Tensor
+    position: Tensor
+    table: Tensor
+    wanted: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one slot of the cache holds: a key and a value for every layer."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm: weight (D,) float32 and the epsilon inside the root."""
+
+    weight: Tensor
+    eps: float
+
+
+Angles = tuple[Tensor, Tensor]  # cos and sin, (T, E / 2) float32 each
+
+
+class Kernels(Protocol):
+    """One backend on one device. Weights, caches and acts are its own and opaque to others."""
+
+    @property
+    def name(self) -> str:
+        """What people call it: "reference", "native", "cuda"..."""
+        ...
+
+    def pack(
+        self, parts: Sequence[Tensor | QTensor], *, bias: Tensor | None = None, gated: bool = False
+    ) -> Weight:
+        """One weight (sum of O, I) from parts stacked along O; `gated`: (gate, up) for SwiGLU."""
+        ...
+
+    def cache(self, shape: CacheShape, slots: int, form: str) -> Cache:
+        """Memory for `slots` keys and values a layer, reserved but not touched; form "auto"..."""
+        ...
+
+    def run(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """One pass of `forward`. CUDA captures and replays it; others just call it."""
+        ...
+
+    def embed(self, batch: Batch, weight: Weight) -> Tensor:
+        """The hidden state (T, D) of `batch.ids`; `weight` may also be the tied head."""
+        ...
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """(T, I) -> (T, O)."""
+        ...
+
+    def norm_linear(self, h: Tensor, norm: Norm, weight: Weight) -> Act:
+        """RMSNorm, then one linear: (T, D) -> (T, (H + 2K) E), q | k | v."""
+        ...
+
+    def attention(self, qkv: Act, angles: Angles, batch: Batch, cache: Cache, layer: int) -> Act:
+        """Turn q and k, store k and v, attend over the table: -> (T, H E)."""
+        ...
+
+    def linear_add(self, x: Act, weight: Weight, h: Tensor) -> None:
+        """Add W x to h (T, D), in place."""
+        ...
+
+    def norm_swiglu(self, h: Tensor, norm: Norm, weight: Weight) -> Act:
+        """RMSNorm, gate and up in one linear, silu(gate) * up: (T, D) -> (T, F)."""
+        ...
+
+    def logits(self, h: Tensor, norm: Norm, weight: Weight, wanted: Tensor) -> Tensor:
+        """Final norm and head for the rows `wanted` only: (L, V) float32."""
+        ...

@@ -1,0 +1,1 @@
+"""Proof and measurement: perplexity, and what this machine runs with."""

@@ -1,0 +1,1 @@
+"""The decoder, written once, and its rotary angles."""

@@ -1,0 +1,1 @@
+"""Quantized weights: their one logical form (`tensor.py`)."""

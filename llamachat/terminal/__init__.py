@@ -1,0 +1,1 @@
+"""The only room that knows rich and prompt_toolkit."""
