@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -32,6 +33,13 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise DamagedFileError(
+                f"low_freq_factor is {self.low_freq_factor}, "
+                f"expected less than high_freq_factor {self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +89,25 @@ class ModelConfig:
         return self.n_layers * layer + heads * self.vocab_size * self.dim + self.dim
 
 
+def brief(value: object) -> str:
+    """A value from a foreign file, whatever it is, on one short line."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face `config.json` (model_type "llama").
 
     Raises:
         DamagedFileError: another architecture, a missing key, or a feature that is not supported.
     """
-    kind = config.get("model_type")
-    if kind != "llama":
-        raise DamagedFileError(f"model_type is {kind!r}, expected 'llama'")
-    for flag in ("attention_bias", "mlp_bias"):
-        if config.get(flag):
-            raise DamagedFileError(f"{flag} is true, which is not supported")
+    _expect(config, "model_type", "llama")
+    if config.get("hidden_act") is not None:
+        _expect(config, "hidden_act", "silu")
+    for feature in ("attention_bias", "mlp_bias", "quantization_config"):
+        if config.get(feature):
+            raise DamagedFileError(f"{feature} is {brief(config[feature])}, expected none")
     dim, n_heads = _number(config, "hidden_size", int), _number(config, "num_attention_heads", int)
-    rope = config.get("rope_parameters") or {}  # transformers >= 5 keeps theta and scaling here
+    rope = _table(config, "rope_parameters")  # transformers >= 5 keeps theta and scaling here
     return ModelConfig(
         dim=dim,
         n_layers=_number(config, "num_hidden_layers", int),
@@ -107,7 +120,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rope_theta=_number({**config, **rope}, "rope_theta", float, 10_000.0),
         max_seq_len=_number(config, "max_position_embeddings", int, 2048),
         tied=bool(config.get("tie_word_embeddings", False)),
-        rope_scaling=_rope_scaling(config.get("rope_scaling") or rope),
+        rope_scaling=_rope_scaling(_table(config, "rope_scaling") or rope),
     )
 
 
@@ -122,39 +135,50 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool, vocab_size: int
     Raises:
         DamagedFileError: another architecture, a missing key, or a feature that is not supported.
     """
-    kind = metadata.get("general.architecture")
-    if kind != "llama":
-        raise DamagedFileError(f"general.architecture is {kind!r}, expected 'llama'")
-    values = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
-    if values.get("expert_count"):
-        raise DamagedFileError(f"llama.expert_count is {values['expert_count']}, expected none")
-    dim, n_heads = (
-        _number(values, "embedding_length", int),
-        _number(values, "attention.head_count", int),
-    )
-    head_dim = _number(values, "attention.key_length", int, dim // max(n_heads, 1))
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if (found := _number(values, key, int, head_dim)) != head_dim:
-            raise DamagedFileError(f"llama.{key} is {found}, expected head_dim {head_dim}")
+    _expect(metadata, "general.architecture", "llama")
+    experts = metadata.get("llama.expert_count", 0)
+    if not isinstance(experts, int) or experts:
+        raise DamagedFileError(f"llama.expert_count is {brief(experts)}, expected none")
+    dim = _number(metadata, "llama.embedding_length", int)
+    n_heads = _number(metadata, "llama.attention.head_count", int)
+    head_dim = _number(metadata, "llama.attention.key_length", int, dim // n_heads)
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if (found := _number(metadata, key, int, head_dim)) != head_dim:
+            raise DamagedFileError(f"{key} is {found}, expected head_dim {head_dim}")
     return ModelConfig(
         dim=dim,
-        n_layers=_number(values, "block_count", int),
+        n_layers=_number(metadata, "llama.block_count", int),
         n_heads=n_heads,
-        n_kv_heads=_number(values, "attention.head_count_kv", int, n_heads),
+        n_kv_heads=_number(metadata, "llama.attention.head_count_kv", int, n_heads),
         head_dim=head_dim,
-        hidden_dim=_number(values, "feed_forward_length", int),
+        hidden_dim=_number(metadata, "llama.feed_forward_length", int),
         vocab_size=vocab_size,
-        norm_eps=_number(values, "attention.layer_norm_rms_epsilon", float),
-        rope_theta=_number(values, "rope.freq_base", float, 10_000.0),
-        max_seq_len=_number(values, "context_length", int),
+        norm_eps=_number(metadata, "llama.attention.layer_norm_rms_epsilon", float),
+        rope_theta=_number(metadata, "llama.rope.freq_base", float, 10_000.0),
+        max_seq_len=_number(metadata, "llama.context_length", int),
         tied=tied,
         rope_scaling=_rope_scaling(
             {
-                "rope_type": values.get("rope.scaling.type"),
-                "factor": values.get("rope.scaling.factor"),
+                "rope_type": metadata.get("llama.rope.scaling.type"),
+                "factor": metadata.get("llama.rope.scaling.factor"),
             }
         ),
     )
+
+
+def _expect(values: Mapping[str, Any], key: str, expected: str) -> None:
+    found = values.get(key)
+    if not isinstance(found, str) or found != expected:
+        raise DamagedFileError(f"{key} is {brief(found)}, expected {expected!r}")
+
+
+def _table(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    table = values.get(key)
+    if table is None:
+        return {}
+    if not isinstance(table, Mapping):
+        raise DamagedFileError(f"{key} is {brief(table)}, expected an object")
+    return table
 
 
 def _number(
@@ -163,15 +187,25 @@ def _number(
     value = values.get(key)
     if value is None:
         value = default
+    expected, largest = (
+        ("a whole number from 1 to 2147483647", 2**31 - 1)
+        if kind is int
+        else ("a positive number", 1e30)
+    )
     if value is None:
-        raise DamagedFileError(f"{key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
-        raise DamagedFileError(f"{key} is {value!r}, expected a number")
+        raise DamagedFileError(f"{key} is missing, expected {expected}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= largest or kind(value) != value:
+        raise DamagedFileError(f"{key} is {brief(value)}, expected {expected}")
     return kind(value)
 
 
 def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
-    kind = values.get("rope_type") or values.get("type") or "default"
+    kind = values.get("rope_type")
+    if kind is None:
+        kind = values.get("type", "default")  # the older name
+    if not isinstance(kind, str):
+        raise DamagedFileError(f"the type of rope scaling is {brief(kind)}, expected a name")
     if kind in ("default", "none"):
         return None
     if kind == "linear":
@@ -184,4 +218,4 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
             high_freq_factor=_number(values, "high_freq_factor", float, 4.0),
             original_max_seq_len=_number(values, "original_max_position_embeddings", int, 8192),
         )
-    raise DamagedFileError(f"rope scaling {kind!r} is not supported")
+    raise DamagedFileError(f"rope scaling is {brief(kind)}, expected none, linear or llama3")

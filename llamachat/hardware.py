@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from pathlib import Path
 @lru_cache(maxsize=1)
 def instruction_sets() -> frozenset[str]:
     """The CPU's features in the kernel's spelling: "avx2", "avx512_bf16", "asimd", "bf16"..."""
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         try:
             text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -22,7 +21,7 @@ def instruction_sets() -> frozenset[str]:
             word for key, _, value in lines if key.strip() in ("flags", "Features")
             for word in value.split()
         )  # fmt: skip
-    if sys.platform == "darwin" and platform.machine() == "arm64":
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
         return frozenset({"asimd"})
     return frozenset()
 
@@ -34,7 +33,7 @@ def multiplies_bfloat16() -> bool:
 
 def cpu_name() -> str:
     """The processor as it calls itself."""
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         try:
             lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:

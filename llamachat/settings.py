@@ -94,6 +94,11 @@ def hub_cache_dir() -> Path:
         return cache_dir()[0] / "hub"
 
 
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with `changes`, for a program that is started."""
+    return {**os.environ, **changes}
+
+
 def omp_threads() -> int | None:
     """`OMP_NUM_THREADS`, if it is a positive number."""
     value = os.environ.get("OMP_NUM_THREADS", "")

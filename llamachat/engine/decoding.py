@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,11 +79,22 @@ class Strategy(Protocol):
 
 
 class Decoding(Protocol):
-    """Frozen options of one way to decode."""
+    """Frozen options of one way to decode: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def width(self) -> int:
         """Rows that one reply needs (beams; otherwise 1)."""
+        ...
+
+    @property
+    def seed(self) -> int | None:
+        """What every draw is keyed by; None: one is drawn for each reply."""
+        ...
+
+    def seeded(self, seed: int) -> Decoding:
+        """The same with this seed, unless it has one or draws nothing."""
         ...
 
     def start(self, start: Start) -> Strategy:

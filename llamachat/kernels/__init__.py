@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from llamachat.quant.tensor import QTensor
@@ -74,10 +75,23 @@ class Kernels(Protocol):
         """What people call it: "reference", "native", "cuda"..."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be, and logits will be."""
+        ...
+
     def pack(
-        self, parts: Sequence[Tensor | QTensor], *, bias: Tensor | None = None, gated: bool = False
+        self,
+        parts: Sequence[Tensor | QTensor],
+        *,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        lookup: bool = False,
     ) -> Weight:
-        """One weight (sum of O, I) from parts stacked along O; `gated`: (gate, up) for SwiGLU."""
+        """One weight (sum of O, I) from parts stacked along O.
+
+        `gated`: the parts are gate and up of a SwiGLU; `lookup`: `embed` will read it too.
+        """
         ...
 
     def cache(self, shape: CacheShape, slots: int, form: str) -> Cache:

@@ -1,0 +1,340 @@
+"""One conversation with one model: messages in, events out.
+
+It holds the text and the ids that made it. An assistant turn is rendered as the ids it was
+generated as, so each prompt begins with what the cache already holds.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llamachat.chat.context import fit, turns_of
+from llamachat.chat.events import Done, Event, FinishReason, Prefill, Text, Timings, Trimmed
+from llamachat.chat.options import Options, Said
+from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, Template, encode, render
+from llamachat.engine import events as engine_events
+from llamachat.engine.stops import StopFilter, first_stop
+from llamachat.errors import UsageError
+from llamachat.tokenizer import Tokenizer
+from llamachat.tokenizer.stream import Detokenizer
+
+if TYPE_CHECKING:
+    from llamachat.engine.decoding import Decoding
+
+
+class Answers(Protocol):
+    """As much of an engine as a conversation needs."""
+
+    @property
+    def ctx_size(self) -> int:
+        """Tokens that a prompt and its reply may have together."""
+        ...
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        decoding: Decoding,
+        *,
+        max_new_tokens: int | None = None,
+        stop_ids: frozenset[int] | None = None,
+        ends: Callable[[Sequence[int]], bool] | None = None,
+        turn: int = 0,
+        attempt: int = 0,
+    ) -> Iterator[engine_events.EngineEvent]:
+        """See `Engine.generate`."""
+        ...
+
+
+class Speaks(Protocol):
+    """As much of a `Model` as a conversation needs."""
+
+    @property
+    def engine(self) -> Answers:
+        """What runs ids."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source, or None for a base model."""
+        ...
+
+    @property
+    def sampling(self) -> tuple[tuple[str, Mapping[str, float]], ...]:
+        """Sampling defaults by origin."""
+        ...
+
+
+class ChatSession:
+    """A conversation.
+
+    Attributes:
+        model: who answers.
+        template: how the conversation is written for it.
+        options: how it decodes.
+        max_new_tokens: bound on each reply; None for what is left of the context.
+        stop: strings that end a reply and are not shown.
+    """
+
+    def __init__(
+        self,
+        model: Speaks,
+        *,
+        system: str | None = None,
+        options: Options | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        template: Template | None = None,
+    ) -> None:
+        self.model = model
+        self.template = template or template_of(model)
+        self.options = options or Options(Said(), model.sampling)
+        self.max_new_tokens = max_new_tokens
+        self.stop = tuple(stop)
+        self._messages: list[Message] = []
+        self._forgotten = 0
+        self._attempt = 0
+        self._seed = secrets.randbits(32)
+        self.system = system
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation, the system message first."""
+        return tuple(self._messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system message; setting it keeps the conversation."""
+        return self._messages[0].content if self._has_system else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._messages[: self._has_system] = [Message("system", text)] if text else []
+
+    @property
+    def turns(self) -> int:
+        """Questions asked so far."""
+        return len(turns_of(self._messages))
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The whole conversation as it would be run now."""
+        return encode(self.template.segments(self._messages), self.model.tokenizer)
+
+    @property
+    def prompt_text(self) -> str:
+        """The same, spelled out."""
+        return render(self.template.segments(self._messages), self.model.tokenizer)
+
+    def send(self, text: str) -> Iterator[Event]:
+        """Ask, and stream the answer.
+
+        A reply that is interrupted (KeyboardInterrupt, or the iterator closed) stays in the
+        conversation as far as it came; a question without a single token of answer does not.
+
+        Raises:
+            PromptTooLongError: the question alone is longer than the context; it is not kept.
+        """
+        self._attempt = 0
+        return self._ask(Message("user", text))
+
+    def regenerate(self, seed: int | None = None) -> Iterator[Event]:
+        """Answer the last question anew: another draw, or that of `seed`.
+
+        Raises:
+            UsageError: there is no question.
+        """
+        question = self._question()
+        if seed is not None:
+            self.options, self._attempt = self.options.saying(seed=seed), 0
+        else:
+            self._attempt += 1
+        del self._messages[self._messages.index(question) :]
+        return self._ask(question)
+
+    def undo(self, n: int = 1) -> int:
+        """Forget the last n turns; returns how many there were to forget."""
+        turns = turns_of(self._messages)
+        gone = turns[max(0, len(turns) - n) :]
+        del self._messages[len(self._messages) - sum(map(len, gone)) :]
+        self._forgotten = min(self._forgotten, len(turns) - len(gone))
+        return len(gone)
+
+    def clear(self) -> None:
+        """Forget every turn; the system message stays."""
+        self.undo(self.turns)
+
+    def _ask(self, question: Message) -> Iterator[Event]:
+        began = time.perf_counter()
+        kept = tuple(self._messages)
+        self._messages.append(question)
+        try:
+            decoding = self._decoding()
+            fitted = fit(
+                self._messages,
+                lambda messages: encode(self.template.segments(messages), self.model.tokenizer),
+                forgotten=self._forgotten,
+                ctx_size=self.model.engine.ctx_size,
+                max_new_tokens=self.max_new_tokens,
+            )
+            reply = _Reply(self.model.tokenizer, self.stop, began)
+            events = self.model.engine.generate(
+                fitted.ids,
+                decoding,
+                max_new_tokens=self.max_new_tokens,
+                ends=reply.ends if self.stop else None,
+                turn=self.turns - 1,
+                attempt=self._attempt,
+            )
+        except BaseException:
+            self._messages[:] = kept
+            raise
+        trimmed = Trimmed(fitted.forgotten - self._forgotten, fitted.dropped_tokens)
+        self._forgotten = fitted.forgotten
+        return self._answer(events, reply, decoding, trimmed, len(fitted.ids))
+
+    def _answer(
+        self,
+        events: Iterator[engine_events.EngineEvent],
+        reply: _Reply,
+        decoding: Decoding,
+        trimmed: Trimmed,
+        prompt_tokens: int,
+    ) -> Iterator[Event]:
+        reason: FinishReason = "interrupted"
+        try:
+            if trimmed.turns:
+                yield trimmed
+            yield from reply.follow(events)
+            reason = reply.finish_reason
+        except KeyboardInterrupt:
+            pass
+        finally:
+            rest = reply.flush()
+            self._keep(reply, interrupted=reason == "interrupted")
+        if rest:
+            yield Text(rest)
+        yield Done(
+            text=reply.text,
+            finish_reason=reason,
+            token_ids=tuple(reply.ids),
+            prompt_tokens=prompt_tokens,
+            reused_tokens=reply.reused,
+            seed=decoding.seed,
+            strategy=describe(decoding),
+            trimmed=trimmed,
+            timings=reply.timings(),
+        )
+
+    def _keep(self, reply: _Reply, *, interrupted: bool) -> None:
+        if reply.ids or not interrupted:
+            self._messages.append(reply.message())
+        else:
+            self._messages.pop()
+
+    def _decoding(self) -> Decoding:
+        """The options, with the user's seed or this session's own."""
+        return self.options.decoding().seeded(self._seed)
+
+    def _question(self) -> Message:
+        turns = turns_of(self._messages)
+        if not turns or turns[-1][0].role != "user":
+            raise UsageError("there is no question to answer again")
+        return turns[-1][0]
+
+    @property
+    def _has_system(self) -> bool:
+        return bool(self._messages) and self._messages[0].role == "system"
+
+
+@dataclass(slots=True)
+class _Reply:
+    """A reply on its way: ids to text, stop strings held back, times taken."""
+
+    tokenizer: Tokenizer
+    stops: tuple[str, ...]
+    began: float
+    ids: list[int] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    reused: int = 0
+    finish_reason: FinishReason = "stop"
+    _text: Detokenizer = field(init=False)
+    _filter: StopFilter = field(init=False)
+    _prefilled: float = 0.0
+    _first: float = 0.0
+    _last: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._text = Detokenizer(self.tokenizer)
+        self._filter = StopFilter(self.stops)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.shown)
+
+    def follow(self, events: Iterator[engine_events.EngineEvent]) -> Iterator[Event]:
+        """Pass the engine's events on, as text."""
+        for event in events:
+            if isinstance(event, engine_events.Prefill):
+                self.reused = event.reused
+                self._prefilled = time.perf_counter()
+                yield Prefill(event.done, event.total, event.reused)
+            elif isinstance(event, engine_events.Token):
+                if text := self._take(event.id):
+                    yield Text(text)
+            else:
+                self.finish_reason = "length" if event.finish_reason == "length" else "stop"
+
+    def flush(self) -> str:
+        """What was held back to the end."""
+        rest = self._filter.feed(self._text.flush()) + self._filter.flush()
+        self.shown.append(rest)
+        return rest
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether the last of `ids` completes a stop string."""
+        longest = max(len(stop.encode()) for stop in self.stops)
+        tail = b"".join(map(self.tokenizer.token_bytes, ids[-longest - 8 :]))
+        return first_stop(tail.decode("utf-8", "replace"), self.stops) is not None
+
+    def message(self) -> Message:
+        """The assistant's turn; where a stop string cut its text, the ids say too much."""
+        ids = None if self._filter.stopped else tuple(self.ids)
+        return Message("assistant", self.text, ids)
+
+    def timings(self) -> Timings:
+        first, last = self._first or self._prefilled, self._last or self._prefilled
+        return Timings(
+            prefill_s=max(0.0, self._prefilled - self.began),
+            decode_s=max(0.0, last - self._prefilled),
+            ttft_s=max(0.0, first - self.began),
+        )
+
+    def _take(self, token: int) -> str:
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self.ids.append(token)
+        text = self._filter.feed(self._text.feed(token))
+        self.shown.append(text)
+        return text
+
+
+def template_of(model: Speaks) -> Template:
+    """The model's own template; without one, plain completion."""
+    if model.chat_template is None:
+        return PlainTemplate()
+    return JinjaTemplate(model.chat_template, model.tokenizer)
+
+
+def describe(decoding: Decoding) -> dict[str, Any]:
+    """A decoding as JSON shows it: its name and its values."""
+    values = {name: value for name, value in asdict(decoding).items() if name != "seed"}
+    return {"name": type(decoding).__name__.lower(), **values}

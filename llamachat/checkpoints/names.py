@@ -1,0 +1,108 @@
+"""What a Llama's weights are called and how large they are, in one table for every form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from llamachat.architecture import ModelConfig, brief
+from llamachat.errors import DamagedFileError
+
+Shape = tuple[int, ...]
+
+# Hugging Face, GGUF, axes: D dim, Q and K all query and key/value heads, F hidden_dim, V vocab.
+_EMBEDDING = ("model.embed_tokens", "token_embd", "VD")
+_LAYER = (
+    ("input_layernorm", "attn_norm", "D"),
+    ("self_attn.q_proj", "attn_q", "QD"),
+    ("self_attn.k_proj", "attn_k", "KD"),
+    ("self_attn.v_proj", "attn_v", "KD"),
+    ("self_attn.o_proj", "attn_output", "DQ"),
+    ("post_attention_layernorm", "ffn_norm", "D"),
+    ("mlp.gate_proj", "ffn_gate", "FD"),
+    ("mlp.up_proj", "ffn_up", "FD"),
+    ("mlp.down_proj", "ffn_down", "DF"),
+)
+_NORM = ("model.norm", "output_norm", "D")
+_HEAD = ("lm_head", "output", "VD")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightName:
+    """One weight: its names and the shape that the config gives it.
+
+    `heads` is set where rope turns the rows: how many heads they belong to.
+    """
+
+    hf: str
+    gguf: str
+    shape: Shape
+    heads: int | None = None
+
+
+def iter_weights(config: ModelConfig) -> Iterator[WeightName]:
+    """Every weight that the config asks for, in the order in which a forward pass meets them.
+
+    Lazy: a damaged header may claim two thousand million layers.
+    """
+    sizes = {
+        "D": config.dim,
+        "Q": config.n_heads * config.head_dim,
+        "K": config.n_kv_heads * config.head_dim,
+        "F": config.hidden_dim,
+        "V": config.vocab_size,
+    }
+
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+
+    def weight(hf: str, gguf: str, axes: str, heads: int | None = None) -> WeightName:
+        shape = tuple(sizes[axis] for axis in axes)
+        return WeightName(f"{hf}.weight", f"{gguf}.weight", shape, heads)
+
+    yield weight(*_EMBEDDING)
+    for layer in range(config.n_layers):
+        for hf, gguf, axes in _LAYER:
+            yield weight(f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}", axes, heads.get(gguf))
+    yield weight(*_NORM)
+    if not config.tied:
+        yield weight(*_HEAD)
+
+
+def check_shapes(found: Mapping[str, Shape], expected: Iterable[tuple[str, Shape]]) -> None:
+    """Compare the tensors that are there with those that the config asks for.
+
+    Raises:
+        DamagedFileError: one is missing, has another shape, or is unknown (a bias that would be
+            left out makes another model).
+    """
+    known = set()
+    for name, shape in expected:
+        if name not in found:
+            raise DamagedFileError(f"{name} is missing, the config says {_text(shape)}")
+        if found[name] != shape:
+            raise DamagedFileError(f"{name}: {_text(found[name])}, the config says {_text(shape)}")
+        known.add(name)
+    for name, shape in found.items():
+        if name not in known:
+            raise DamagedFileError(
+                f"{shown(name)}: {_text(shape)}, the config says there is no such tensor"
+            )
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """Put the name of a file before the message of any DamagedFileError raised inside."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def shown(name: str) -> str:
+    """A name from a file, fit for one line of a terminal."""
+    return name if name.isprintable() and 0 < len(name) <= 80 else brief(name)
+
+
+def _text(shape: Shape) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,260 @@
+"""Hugging Face folders of the llama architecture, in one file or shards, as a `Checkpoint`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from llamachat.architecture import ModelConfig, brief, config_from_hf
+from llamachat.checkpoints.names import Shape, check_shapes, iter_weights, located, shown
+from llamachat.errors import DamagedFileError, TransferError
+from llamachat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CONFIG = "config.json"
+_GENERATION = "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SMALL_FILES = (
+    *(_CONFIG, _GENERATION, _TOKENIZER_CONFIG, _TEMPLATE, _INDEX),
+    *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+)
+_DTYPES = ("F32", "F16", "BF16")
+_MAX_TEXT_BYTES = 64 * 2**20
+_HEAD = "lm_head.weight"
+_UNREAD = ".rotary_emb.inv_freq"  # a table that is computed
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One tensor of one file, as its header has it."""
+
+    path: Path
+    shape: Shape
+    dtype: str
+
+
+class FolderCheckpoint:
+    """A folder as `save_pretrained` writes it, in one file or in shards."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def path(self) -> Path:
+        """The folder that was opened."""
+        return self._path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that this program reads, as far as they are there."""
+        names = [*_SMALL_FILES, *(path.name for path in self._weight_files)]
+        return tuple(path for name in names if (path := self._path / name).exists())
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The architecture; the presence, shape and type of every tensor agree with it."""
+        path = self._path / _CONFIG
+        if not path.exists():
+            raise DamagedFileError(
+                f"{path}: no such file, expected the model's architecture",
+                hint=f"name a GGUF file, or the folder that holds {_CONFIG} and *.safetensors",
+            )
+        with located(path):
+            config = config_from_hf(_read_json(path))
+        if _HEAD not in self._stored:
+            config = replace(config, tied=True)
+        with located(self._path):
+            self._check_tensors(config)
+        return config
+
+    @property
+    def form(self) -> str:
+        """The type of most values: "BF16", "F16" or "F32"."""
+        n_values: Counter[str] = Counter()
+        for stored in self._stored.values():
+            n_values[stored.dtype] += math.prod(stored.shape)
+        return n_values.most_common(1)[0][0] if n_values else "no weights"
+
+    @property
+    def chat_template(self) -> str | None:
+        """`chat_template.jinja`, else the (default) template of `tokenizer_config.json`."""
+        path = self._path / _TEMPLATE
+        if path.exists():
+            return _read_text(path)
+        path = self._path / _TOKENIZER_CONFIG
+        template = _read_json(path).get("chat_template")
+        with located(path):
+            return _default_template(template)
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """`generation_config.json`, empty where there is none."""
+        return _read_json(self._path / _GENERATION)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Empty: what a folder says of itself is in its README."""
+        return {}
+
+    def tokenizer(self) -> Tokenizer:
+        """Build the tokenizer, with the ids of generation_config.json, else of config.json."""
+        from llamachat.tokenizer.folder import tokenizer_from_folder
+
+        bos_ids = self._token_ids("bos_token_id")
+        return tokenizer_from_folder(
+            self._path,
+            bos_id=bos_ids[0] if bos_ids else None,
+            eos_ids=self._token_ids("eos_token_id"),
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name, in the order of a forward pass; a tied head is left out."""
+        for weight in iter_weights(self.config):
+            yield weight.hf, _read_tensor(self._stored[weight.hf].path, weight.hf)
+
+    @cached_property
+    def _stored(self) -> Mapping[str, _Stored]:
+        """Every tensor, found through the index where there is one."""
+        if not (self._path / _INDEX).exists() or (self._path / _WEIGHTS).exists():
+            return _read_header(self._path / _WEIGHTS)
+        headers = {path.name: _read_header(path) for path in self._weight_files}
+        stored = {}
+        for name, shard in self._weight_map.items():
+            if name not in headers[shard]:
+                raise DamagedFileError(
+                    f"{self._path / shard}: no tensor {shown(name)}, {_INDEX} says it is there"
+                )
+            stored[name] = headers[shard][name]
+        return stored
+
+    @property
+    def _weight_files(self) -> tuple[Path, ...]:
+        if (self._path / _WEIGHTS).exists() or not (self._path / _INDEX).exists():
+            return (self._path / _WEIGHTS,)
+        return tuple(self._path / shard for shard in sorted(set(self._weight_map.values())))
+
+    @cached_property
+    def _weight_map(self) -> Mapping[str, str]:
+        path = self._path / _INDEX
+        weight_map = _read_json(path).get("weight_map")
+        with located(path):
+            if not isinstance(weight_map, dict):
+                raise DamagedFileError(f"weight_map is {brief(weight_map)}, expected an object")
+            for name, shard in weight_map.items():
+                if not isinstance(shard, str) or not _is_file_name(shard):
+                    raise DamagedFileError(
+                        f"{shown(name)} is in {brief(shard)}, expected a file of the same folder"
+                    )
+        return weight_map
+
+    def _check_tensors(self, config: ModelConfig) -> None:
+        ignored = {_HEAD} if config.tied else set()
+        found = {
+            name: stored.shape
+            for name, stored in self._stored.items()
+            if name not in ignored and not name.endswith(_UNREAD)
+        }
+        check_shapes(found, ((weight.hf, weight.shape) for weight in iter_weights(config)))
+        for name in found:
+            if (dtype := self._stored[name].dtype) not in _DTYPES:
+                raise DamagedFileError(f"{name}: type {dtype}, expected {', '.join(_DTYPES)}")
+
+    def _token_ids(self, key: str) -> tuple[int, ...]:
+        for path in (self._path / _GENERATION, self._path / _CONFIG):
+            value = _read_json(path).get(key)
+            if value is None:
+                continue
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(token) is int and token >= 0 for token in ids):
+                raise DamagedFileError(f"{path}: {key} is {brief(value)}, expected ids")
+            return tuple(ids)
+        return ()
+
+
+def _is_file_name(name: str) -> bool:
+    if name in ("", ".", "..") or len(name) > 255 or not name.isprintable():
+        return False
+    return PurePosixPath(name).name == name and PureWindowsPath(name).name == name
+
+
+def _default_template(template: Any) -> str | None:
+    if template is None or isinstance(template, str):
+        return template
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        named = [entry.get("template") for entry in template if entry.get("name") == "default"]
+        if all(isinstance(default, str) for default in named):
+            return named[0] if named else None
+    raise DamagedFileError(f"chat_template is {brief(template)}, expected a string")
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """Names, shapes and types; the library checks every offset against the file's size."""
+    with _opened(path, framework="numpy") as file:  # without torch, and no array is made
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: _Stored(path, tuple(it.get_shape()), it.get_dtype())
+            for name, it in slices.items()
+        }
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    with _opened(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def _opened(path: Path, *, framework: str) -> Iterator[Any]:
+    if not path.exists():
+        raise DamagedFileError(
+            f"{path}: no such file, expected weights",
+            hint="only *.safetensors are read, not *.bin or *.pth; fetch all files of the model",
+        )
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except SafetensorError as error:
+        reason = "".join(filter(str.isprintable, str(error)))[:200]
+        raise DamagedFileError(f"{path}: {reason}", hint="fetch the file again") from error
+    except OSError as error:
+        raise TransferError(f"{path}: {error.strerror or error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        n_bytes = path.stat().st_size
+        if n_bytes > _MAX_TEXT_BYTES:
+            raise DamagedFileError(f"{path}: {n_bytes} bytes, expected at most {_MAX_TEXT_BYTES}")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        found = f"{error.object[error.start : error.start + 1]!r} at byte {error.start}"
+        raise DamagedFileError(f"{path}: {found} is not UTF-8") from error
+    except OSError as error:
+        raise TransferError(f"{path}: {error.strerror or error}") from error
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object, empty where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+        raise DamagedFileError(f"{path}: not JSON: {error}", hint="fetch the file again") from error
+    if not isinstance(values, dict):
+        raise DamagedFileError(f"{path}: {brief(values)}, expected a JSON object")
+    return values

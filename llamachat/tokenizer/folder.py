@@ -1,0 +1,175 @@
+"""A tokenizer from a Hugging Face folder: tokenizer.json, or a SentencePiece tokenizer.model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from tokenizers import Tokenizer as Library
+
+from llamachat.errors import DamagedFileError
+from llamachat.tokenizer import Tokenizer
+from llamachat.tokenizer.bpe import library_failures, spelling, splitter
+from llamachat.tokenizer.spm import load_model, sentencepiece_tokenizer
+from llamachat.tokenizer.table import TableTokenizer, sentencepiece_bytes, stop_set
+
+# The largest tokenizer.json of a Llama model has 17 MB.
+_MAX_TOKENIZER_BYTES = 256 << 20
+_MAX_SETTINGS_BYTES = 16 << 20
+_TIKTOKEN_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+
+
+def tokenizer_from_folder(path: Path, *, bos_id: int | None, eos_ids: Sequence[int]) -> Tokenizer:
+    """Build the tokenizer of a model folder.
+
+    Args:
+        path: the folder.
+        bos_id: the config's, for a folder whose tokenizer files name none.
+        eos_ids: the config's and the generation config's, which join the tokenizer's own.
+
+    Raises:
+        DamagedFileError: there is no tokenizer, or its files are damaged or not supported.
+    """
+    settings = _read_settings(path / "tokenizer_config.json")
+    if (path / "tokenizer.json").is_file():
+        return _from_json(path / "tokenizer.json", settings, bos_id, eos_ids)
+    if (path / "tokenizer.model").is_file():
+        return _from_sentencepiece(path / "tokenizer.model", settings, bos_id, eos_ids)
+    raise DamagedFileError(
+        f"{path}: neither tokenizer.json nor tokenizer.model",
+        hint="fetch the tokenizer's files into the folder",
+    )
+
+
+class _Settings:
+    """What tokenizer_config.json says; nothing, where there is none."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values = values
+        self._source = source
+
+    def token(self, name: str) -> str | None:
+        """The text of `bos_token` or `eos_token`: a string, or an AddedToken as a dictionary."""
+        value = self._values.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if text is not None and not isinstance(text, str):
+            raise self._refusal(name, value, "a token")
+        return text
+
+    def add_bos(self) -> bool | None:
+        value = self._values.get("add_bos_token")
+        if value is not None and not isinstance(value, bool):
+            raise self._refusal("add_bos_token", value, "true or false")
+        return value
+
+    def specials(self) -> dict[str, int]:
+        """Special tokens of `added_tokens_decoder` by text."""
+        name = "added_tokens_decoder"
+        entries = self._values.get(name) or {}
+        try:
+            specials = {
+                str(entry["content"]): int(token)
+                for token, entry in entries.items()
+                if entry.get("special")
+            }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._refusal(name, entries, "ids and tokens") from error
+        if min(specials.values(), default=0) < 0:
+            raise self._refusal(name, min(specials.values()), "ids from 0")
+        return specials
+
+    def _refusal(self, name: str, found: Any, expected: str) -> DamagedFileError:
+        return DamagedFileError(
+            f"{self._source}: {name}: found {short(found)}, expected {expected}",
+            hint="fetch the file again, or name another model",
+        )
+
+
+def _from_json(
+    path: Path, settings: _Settings, bos_id: int | None, eos_ids: Sequence[int]
+) -> TableTokenizer:
+    with library_failures(str(path)):
+        library = Library.from_buffer(_read(path, _MAX_TOKENIZER_BYTES))
+        spell = spelling(library.decoder)
+    if spell is None:
+        raise DamagedFileError(
+            f"{path}: decoder: found {short(library.decoder)}, expected ByteLevel or Metaspace",
+            hint="name a model of the Llama family",
+        )
+    bos_text, eos_text = settings.token("bos_token"), settings.token("eos_token")
+    named = {text for text in (bos_text, eos_text, *settings.specials()) if text}
+    with library_failures(str(path)):
+        # Special by any of the two files is special: text must not become such a token.
+        library.add_special_tokens([t for t in named if library.token_to_id(t) is not None])
+        added = library.get_added_tokens_decoder()
+        pieces = {token: text for text, token in library.get_vocab().items()}
+        split = splitter(library)
+        letter = [pieces.get(token, "") for token in split("a")]
+        with_specials = library.encode("a", add_special_tokens=True).ids
+    specials = {token.content: i for i, token in added.items() if token.special}
+    leading = next((i for i in with_specials[:1] if i in specials.values()), None)
+    bos = next((i for i in (specials.get(bos_text or ""), bos_id, leading) if i in pieces), None)
+    add_bos = settings.add_bos()
+    return TableTokenizer(
+        pieces=pieces,
+        specials=specials,
+        literals=frozenset(i for i, token in added.items() if not token.special),
+        split=split,
+        spell=spell,
+        bos_id=bos,
+        add_bos=bos is not None and (leading == bos if add_bos is None else add_bos),
+        stop_ids=stop_set(specials, [*eos_ids, specials.get(eos_text or "")], pieces),
+        space_prefix=spell is sentencepiece_bytes and "".join(letter).startswith("▁"),
+    )
+
+
+def _from_sentencepiece(
+    path: Path, settings: _Settings, bos_id: int | None, eos_ids: Sequence[int]
+) -> TableTokenizer:
+    content = _read(path, _MAX_TOKENIZER_BYTES)
+    if _TIKTOKEN_RANK.match(content):
+        raise DamagedFileError(
+            f"{path}: tiktoken ranks are not supported yet, expected a SentencePiece model",
+            hint="put the model's tokenizer.json beside it",
+        )
+    model = load_model(content, str(path))
+    specials = settings.specials()
+    known = {model.id_to_piece(i): i for i in range(model.get_piece_size())} | specials
+    bos_text, eos_text = settings.token("bos_token"), settings.token("eos_token")
+    own_bos = model.bos_id() if bos_id is None else bos_id
+    add_bos = settings.add_bos()
+    return sentencepiece_tokenizer(
+        model,
+        bos_id=known.get(bos_text or "", own_bos),
+        add_bos=True if add_bos is None else add_bos,
+        declared_stops=[*eos_ids, model.eos_id(), known.get(eos_text or "")],
+        added_specials=specials,
+    )
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise DamagedFileError(f"{path}: {size} bytes, expected at most {max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedFileError(f"{path}: {error.strerror}") from error
+
+
+def _read_settings(path: Path) -> _Settings:
+    if not path.is_file():
+        return _Settings({}, str(path))
+    try:
+        values = json.loads(_read(path, _MAX_SETTINGS_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(
+            f"{path}: not JSON: {error}", hint="fetch the file again, or name another model"
+        ) from error
+    if not isinstance(values, dict):
+        raise DamagedFileError(f"{path}: found {type(values).__name__}, expected a JSON object")
+    return _Settings(values, str(path))

@@ -1,0 +1,121 @@
+"""SentencePiece: a model file, or the one that a GGUF vocabulary amounts to."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from types import MappingProxyType
+
+from sentencepiece import SentencePieceProcessor
+
+from llamachat.errors import DamagedFileError
+from llamachat.tokenizer.table import TableTokenizer, sentencepiece_bytes, stop_set
+
+
+class PieceType(IntEnum):
+    """What a piece is; SentencePiece and GGUF number them alike."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def model_proto(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    *,
+    add_dummy_prefix: bool,
+) -> bytes:
+    """A BPE model without normalization, serialized (sentencepiece_model.proto, v0.2).
+
+    Of the pieces exactly one must be UNKNOWN, and 256 or none BYTE.
+    """
+    trainer_spec = _varint(3, 2) + _varint(4, len(pieces))  # model_type = BPE, vocab_size
+    trainer_spec += _varint(35, int(PieceType.BYTE in types))  # byte_fallback
+    normalizer_spec = b"".join(
+        (
+            _block(1, b"identity"),  # name
+            _varint(3, int(add_dummy_prefix)),
+            _varint(4, 0),  # remove_extra_whitespaces
+            _varint(5, 1),  # escape_whitespaces
+        )
+    )
+    table = b"".join(
+        _block(1, _block(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _varint(3, kind))
+        for piece, score, kind in zip(pieces, scores, types, strict=True)
+    )
+    return table + _block(2, trainer_spec) + _block(3, normalizer_spec)
+
+
+def load_model(proto: bytes, source: str) -> SentencePieceProcessor:
+    """Load a serialized ModelProto that was read from `source`.
+
+    Raises:
+        DamagedFileError: it is none.
+    """
+    if not proto:
+        raise DamagedFileError(f"{source}: empty, expected a SentencePiece model")
+    try:
+        return SentencePieceProcessor(model_proto=proto)
+    except (RuntimeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{source}: not a SentencePiece model: {error}",
+            hint="fetch the file again, or name another model",
+        ) from error
+
+
+def sentencepiece_tokenizer(
+    model: SentencePieceProcessor,
+    *,
+    bos_id: int | None,
+    add_bos: bool,
+    declared_stops: Iterable[int | None],
+    added_specials: Mapping[str, int] = MappingProxyType({}),
+) -> TableTokenizer:
+    """The tokenizer of a loaded model.
+
+    Args:
+        model: what `load_model` returns.
+        bos_id: the id that begins a sequence; one beyond the vocabulary means none.
+        add_bos: whether prompts begin with BOS, if there is one.
+        declared_stops: ids that end a turn, beside those known by their text.
+        added_specials: control tokens that the model does not hold itself.
+    """
+    ids = range(model.get_piece_size())
+    pieces = dict(zip(ids, model.id_to_piece(list(ids)), strict=True))
+    controls = {pieces[i]: i for i in ids if model.is_control(i) or model.is_unknown(i)}
+    specials = {**controls, **added_specials}
+    pieces = {token: text for text, token in added_specials.items()} | pieces
+    bos = bos_id if bos_id in pieces else None
+    return TableTokenizer(
+        pieces=pieces,
+        specials=specials,
+        split=model.encode,
+        spell=sentencepiece_bytes,
+        bos_id=bos,
+        add_bos=add_bos and bos is not None,
+        stop_ids=stop_set(specials, declared_stops, pieces),
+        space_prefix=model.normalize("a").startswith("▁"),
+    )
+
+
+def _varint(field: int, value: int) -> bytes:
+    return _base128(field << 3) + _base128(value)
+
+
+def _block(field: int, content: bytes) -> bytes:
+    return _base128(field << 3 | 2) + _base128(len(content)) + content
+
+
+def _base128(value: int) -> bytes:
+    coded = bytearray()
+    while value > 0x7F:
+        coded.append(value & 0x7F | 0x80)
+        value >>= 7
+    coded.append(value)
+    return bytes(coded)
