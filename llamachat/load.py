@@ -97,9 +97,10 @@ def load(
     ctx_size: int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    token: str | None = None,
     offline: bool = False,
     notice: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Find a model, fetch it if need be, and load it.
 
@@ -111,6 +112,7 @@ def load(
         ctx_size: tokens of context; default the model's own, capped by memory.
         threads: CPU threads; default every physical core that this process may use.
         revision: of a Hub repository.
+        token: for the Hub; default the one that its own tools use.
         offline: never use the network.
         notice: told, in one line each, what the user should know.
         progress: told bytes done and bytes in all while downloading.
@@ -121,7 +123,9 @@ def load(
     _one_of("quantize", quantize, ("auto", "none"))
     _one_of("device", device, ("auto", "cpu"))
     name = str(name or settings.default_model())
-    located = resolve(name, revision=revision, offline=offline, notice=notice, progress=progress)
+    located = resolve(
+        name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
+    )
     checkpoint = open_checkpoint(located.path)
     dtype = _dtype(dtype)
     threads = threads or settings.omp_threads() or hardware.usable_cores()

@@ -76,6 +76,17 @@ def test_a_render_after_a_hostile_one_works(sandbox: Sandbox) -> None:
     assert sandbox.render("{{ x }}", {"x": "ok"}) == "ok"
 
 
+def test_a_worker_in_which_a_template_failed_is_not_used_again() -> None:
+    others = children()
+    with Sandbox() as sandbox:
+        sandbox.render("", {})
+        failed = children() - others
+        with pytest.raises(DamagedFileError):
+            sandbox.render("{{ 1 / 0 }}", {})
+        sandbox.render("", {})
+        assert not failed & children()
+
+
 def test_a_worker_that_was_killed_is_reported_and_replaced() -> None:
     others = children()
     with Sandbox() as sandbox:

@@ -67,7 +67,8 @@ ZEPHYR = """{% for message in messages %}
 {% endfor %}"""
 QUESTION_TWICE = (
     "{%- set ns = namespace(last='') %}{% for m in messages if m.role == 'user' %}"
-    "{% if m.content %}{% set ns.last = m.content.lstrip() %}{% endif %}{% endfor %}"
+    "{% if m.content %}{% set ns.last = m.content.lstrip() %}{% else %}(silence){% endif %}"
+    "{% endfor %}"
     "Asked: {{ ns.last }}\nAgain: {{ ns.last | trim }}{{ eos_token }}"
 )
 TEMPLATES = {

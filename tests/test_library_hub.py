@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -226,7 +227,7 @@ class Hub:
             status, code = self.failure
             return self._send(request, status, b"{}", {"X-Error-Code": code})
         if "/resolve/" in path:
-            text = self.files[path.partition(f"/resolve/{COMMIT}/")[2]]
+            text = self.files[unquote(path).partition(f"/resolve/{COMMIT}/")[2]]
             etag = hashlib.sha256(text.encode()).hexdigest()
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
             return self._send(request, 200, text.encode(), headers)
@@ -302,10 +303,19 @@ def test_a_download_brings_what_inference_needs_and_leaves_the_rest(
 
 
 def test_one_gguf_file_is_downloaded_alone(fake_hub: Hub) -> None:
-    fake_hub.files = {"a.gguf": "a", "b.gguf": "b", "config.json": LLAMA}
-    path = hub.download("org/name:b.gguf")
+    fake_hub.files = {"b1.gguf": "a", "b[1].gguf": "b", "config.json": LLAMA}
+    path = hub.download("org/name:b[1].gguf")
     assert path.read_text() == "b"
-    assert [p.name for p in path.parent.iterdir()] == ["b.gguf"]
+    assert [p.name for p in path.parent.iterdir()] == ["b[1].gguf"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_there_is_fetched_again_only_by_force(fake_hub: Hub, force: bool) -> None:
+    fake_hub.files = {"a.gguf": "a"}
+    hub.download("org/name:a.gguf")
+    fake_hub.asked.clear()
+    hub.download("org/name:a.gguf", force=force)
+    assert any("/resolve/" in path for path in fake_hub.asked) is force
 
 
 def test_a_split_gguf_is_downloaded_with_all_its_parts(fake_hub: Hub) -> None:

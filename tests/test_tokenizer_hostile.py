@@ -53,11 +53,8 @@ def test_both_examples_are_good_as_they_are() -> None:
     build(SPM)
 
 
-@pytest.mark.parametrize("array", [list, np.asarray, tuple])
+@pytest.mark.parametrize("array", [list, np.asarray])
 def test_numbers_may_come_as_lists_or_arrays(array: Callable[[list[Any]], Any]) -> None:
-    if array is tuple:
-        refused({**SPM, "scores": tuple(SPM["scores"])}, "scores")
-        return
     build({**SPM, "scores": array(SPM["scores"]), "token_type": array(SPM["token_type"])})
 
 
@@ -80,11 +77,9 @@ def test_a_byte_level_key_of_a_wrong_type_is_refused(key: str, value: Any) -> No
 
 
 @pytest.mark.parametrize("key", sorted(SPM))
-@pytest.mark.parametrize("value", [1.5, {}, [[1]], b"a", [None], ["x" * 99], np.zeros((2, 2))])
+@pytest.mark.parametrize("value", [1.5, {}, [[1]], b"a", [None], [2**70], np.zeros((2, 2))])
 def test_a_sentencepiece_key_of_a_wrong_type_is_refused(key: str, value: Any) -> None:
-    # One long token is a list of strings, but then the other keys do not fit it.
-    key_refused = "token_type" if (key, value) == ("tokens", ["x" * 99]) else key
-    refused({**SPM, key: value}, key_refused)
+    refused({**SPM, key: value}, key)
 
 
 @pytest.mark.parametrize(

@@ -182,14 +182,14 @@ def _read(info: TensorInfo, heads: int | None = None) -> Tensor | QTensor:
 
     from llamachat.checkpoints.blocks import read_blocks
 
-    data = map_file(info.path)
-    if len(data) < info.start + info.n_bytes:
-        raise DamagedFileError(
-            f"{info.path}: {info.name} ends at {info.start + info.n_bytes}, "
-            f"the file has shrunk to {len(data)} bytes"
-        )
-    raw = memoryview(data)[info.start : info.start + info.n_bytes]
-    tensor = read_blocks(raw, info.kind, info.shape)
+    end = info.start + info.n_bytes
+    with map_file(info.path) as data, memoryview(data) as view:
+        if len(data) < end:
+            raise DamagedFileError(
+                f"{info.path}: {info.name} ends at {end}, the file has shrunk to {len(data)} bytes"
+            )
+        with view[info.start : end] as raw:
+            tensor = read_blocks(raw, info.kind, info.shape)
     if heads is None:
         return tensor
     order = torch.from_numpy(_half_split_rows(info.shape[0], heads))

@@ -55,7 +55,7 @@ class Header:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, read-only; unmapped when nothing refers to them any more.
+    """The file's bytes, read-only; to be closed, or Windows lets nobody replace the file.
 
     Raises:
         DamagedFileError: the file is empty.
@@ -76,8 +76,8 @@ def read_header(path: Path) -> Header:
     Raises:
         DamagedFileError: not GGUF, truncated, or anything in it that cannot be true.
     """
-    data = map_file(path)
-    with located(path):
+    hint = "it may be incomplete: fetch the file again"
+    with map_file(path) as data, located(path, hint=hint):
         reader = _Reader(data)
         _check_magic(reader)
         n_tensors = reader.count("tensors", least_bytes=32)

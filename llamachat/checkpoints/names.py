@@ -91,12 +91,12 @@ def check_shapes(found: Mapping[str, Shape], expected: Iterable[tuple[str, Shape
 
 
 @contextmanager
-def located(where: object) -> Iterator[None]:
-    """Put the name of a file before the message of any DamagedFileError raised inside."""
+def located(where: object, *, hint: str | None = None) -> Iterator[None]:
+    """Put `where` before the message of a DamagedFileError raised inside, `hint` if it has none."""
     try:
         yield
     except DamagedFileError as error:
-        raise DamagedFileError(f"{where}: {error.message}", hint=error.hint) from error
+        raise DamagedFileError(f"{where}: {error.message}", hint=error.hint or hint) from error
 
 
 def shown(name: str) -> str:

@@ -73,8 +73,9 @@ class FolderCheckpoint:
                 f"{path}: no such file, expected the model's architecture",
                 hint=f"name a GGUF file, or the folder that holds {_CONFIG} and *.safetensors",
             )
+        values = _read_json(path)
         with located(path):
-            config = config_from_hf(_read_json(path))
+            config = config_from_hf(values)
         if _HEAD not in self._stored:
             config = replace(config, tied=True)
         with located(self._path):

@@ -117,7 +117,7 @@ def _from_json(
     return TableTokenizer(
         pieces=pieces,
         specials=specials,
-        literals=frozenset(i for i, token in added.items() if not token.special),
+        literals=frozenset(added),
         split=split,
         spell=spell,
         bos_id=bos,
@@ -138,15 +138,15 @@ def _from_sentencepiece(
         )
     model = load_model(content, str(path))
     specials = settings.specials()
-    known = {model.id_to_piece(i): i for i in range(model.get_piece_size())} | specials
+    known = {piece: token for token, piece in model.pieces.items()} | specials
     bos_text, eos_text = settings.token("bos_token"), settings.token("eos_token")
-    own_bos = model.bos_id() if bos_id is None else bos_id
+    own_bos = model.processor.bos_id() if bos_id is None else bos_id
     add_bos = settings.add_bos()
     return sentencepiece_tokenizer(
         model,
         bos_id=known.get(bos_text or "", own_bos),
         add_bos=True if add_bos is None else add_bos,
-        declared_stops=[*eos_ids, model.eos_id(), known.get(eos_text or "")],
+        declared_stops=[*eos_ids, model.processor.eos_id(), known.get(eos_text or "")],
         added_specials=specials,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
 
@@ -52,7 +53,15 @@ def model_proto(
     return table + _block(2, trainer_spec) + _block(3, normalizer_spec)
 
 
-def load_model(proto: bytes, source: str) -> SentencePieceProcessor:
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded model, and its pieces by id."""
+
+    processor: SentencePieceProcessor
+    pieces: Mapping[int, str]
+
+
+def load_model(proto: bytes, source: str) -> Model:
     """Load a serialized ModelProto that was read from `source`.
 
     Raises:
@@ -61,7 +70,9 @@ def load_model(proto: bytes, source: str) -> SentencePieceProcessor:
     if not proto:
         raise DamagedFileError(f"{source}: empty, expected a SentencePiece model")
     try:
-        return SentencePieceProcessor(model_proto=proto)
+        processor = SentencePieceProcessor(model_proto=proto)
+        pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
+        return Model(processor, dict(enumerate(pieces)))
     except (RuntimeError, ValueError) as error:
         raise DamagedFileError(
             f"{source}: not a SentencePiece model: {error}",
@@ -70,7 +81,7 @@ def load_model(proto: bytes, source: str) -> SentencePieceProcessor:
 
 
 def sentencepiece_tokenizer(
-    model: SentencePieceProcessor,
+    model: Model,
     *,
     bos_id: int | None,
     add_bos: bool,
@@ -86,21 +97,24 @@ def sentencepiece_tokenizer(
         declared_stops: ids that end a turn, beside those known by their text.
         added_specials: control tokens that the model does not hold itself.
     """
-    ids = range(model.get_piece_size())
-    pieces = dict(zip(ids, model.id_to_piece(list(ids)), strict=True))
-    controls = {pieces[i]: i for i in ids if model.is_control(i) or model.is_unknown(i)}
+    processor = model.processor
+    controls = {
+        piece: token
+        for token, piece in model.pieces.items()
+        if processor.is_control(token) or processor.is_unknown(token)
+    }
     specials = {**controls, **added_specials}
-    pieces = {token: text for text, token in added_specials.items()} | pieces
+    pieces = {token: text for text, token in added_specials.items()} | dict(model.pieces)
     bos = bos_id if bos_id in pieces else None
     return TableTokenizer(
         pieces=pieces,
         specials=specials,
-        split=model.encode,
+        split=processor.encode,
         spell=sentencepiece_bytes,
         bos_id=bos,
         add_bos=add_bos and bos is not None,
         stop_ids=stop_set(specials, declared_stops, pieces),
-        space_prefix=model.normalize("a").startswith("▁"),
+        space_prefix=processor.normalize("a").startswith("▁"),
     )
 
 

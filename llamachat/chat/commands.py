@@ -1,0 +1,243 @@
+"""What a typed line means. A command returns an effect; the terminal performs it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from llamachat.chat.events import Done, Event
+from llamachat.chat.options import BUILT_IN
+from llamachat.chat.session import ChatSession
+from llamachat.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Show lines to the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Stream a reply."""
+
+    events: Iterator[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """End the conversation."""
+
+
+Effect: TypeAlias = Say | Answer | Leave
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A session and what the terminal knows about it.
+
+    Attributes:
+        session: who is talked to.
+        title: one line about the model.
+        last: how the last reply ended.
+        used_tokens: of the context, after the last line was performed.
+    """
+
+    session: ChatSession
+    title: str
+    last: Done | None = field(default=None)
+    used_tokens: int = field(default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One slash command."""
+
+    usage: str
+    help: str
+    perform: Callable[[Conversation, str], Effect]
+
+
+def interpret(line: str, conversation: Conversation) -> Effect:
+    """A typed line: a command, or something to ask. `//text` asks "/text"; \""" may enclose it.
+
+    Raises:
+        UsageError: no such command (with the nearest name), or its arguments are wrong.
+    """
+    if not line.startswith("/") or line.startswith("//"):
+        return Answer(conversation.session.send(_unquoted(line.removeprefix("/"))))
+    name, _, argument = line[1:].partition(" ")
+    command = COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UsageError(
+            f"/{name}: no such command",
+            hint=f"did you mean /{near[0]}?" if near else "/help lists them; // sends a slash",
+        )
+    return command.perform(conversation, argument.strip())
+
+
+def _unquoted(line: str) -> str:
+    """What stands between triple quotes, if they enclose the whole line."""
+    bare = line.strip()
+    enclosed = len(bare) >= 6 and bare.startswith('"""') and bare.endswith('"""')
+    return bare[3:-3].strip("\n") if enclosed else line
+
+
+def _help(_: Conversation, name: str) -> Effect:
+    command = COMMANDS.get(name.removeprefix("/"))
+    if name and command is None:
+        raise UsageError(f"/help {name}: no such command", hint="/help lists them")
+    shown = [command] if command else list(COMMANDS.values())
+    width = max(len(c.usage) for c in shown)
+    return Say("\n".join(f"{c.usage:<{width}}  {c.help}" for c in shown))
+
+
+def _exit(_: Conversation, __: str) -> Effect:
+    return Leave()
+
+
+def _clear(conversation: Conversation, _: str) -> Effect:
+    conversation.session.clear()
+    conversation.last = None
+    return Say("The conversation begins anew.")
+
+
+def _regen(conversation: Conversation, argument: str) -> Effect:
+    words = argument.split()
+    if not words:
+        return Answer(conversation.session.regenerate())
+    if len(words) == 2 and words[0] == "seed" and words[1].isdecimal():
+        return Answer(conversation.session.regenerate(seed=int(words[1])))
+    raise UsageError(f"/regen {argument}: not understood", hint="write /regen or /regen seed 7")
+
+
+def _undo(conversation: Conversation, argument: str) -> Effect:
+    if argument and not (argument.isdecimal() and int(argument)):
+        raise UsageError(f"/undo {argument}: expected a number of turns")
+    gone = conversation.session.undo(int(argument or 1))
+    turns = conversation.session.turns
+    return Say(f"Took back {gone} turn(s); {turns} left." if gone else "Nothing to take back.")
+
+
+def _system(conversation: Conversation, argument: str) -> Effect:
+    if not argument:
+        return Say(conversation.session.system or "(no system message)")
+    if argument.startswith("@"):
+        path = Path(argument[1:]).expanduser()
+        try:
+            argument = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: cannot be read as text: {error}") from error
+    conversation.session.system = argument
+    return Say("The system message is set; it holds from the next turn on.")
+
+
+def _set(conversation: Conversation, argument: str) -> Effect:
+    key, _, value = argument.partition(" ")
+    key, value = key.replace("-", "_"), value.strip()
+    if key not in SETTINGS or not value:
+        near = difflib.get_close_matches(key, SETTINGS, n=1)
+        known = ", ".join(SETTINGS)
+        hint = f"did you mean {near[0]}?" if near and key not in SETTINGS else f"keys: {known}"
+        raise UsageError(f"/set {argument or 'needs KEY VALUE'}: not understood", hint=hint)
+    kind = SETTINGS[key]
+    try:
+        parsed = None if value == "default" else kind(value)
+    except ValueError:
+        raise UsageError(f"/set {key}: {value!r} is no {kind.__name__}") from None
+    session = conversation.session
+    if key == "max_new_tokens":
+        if isinstance(parsed, int) and parsed < 1:
+            raise UsageError(f"/set {key}: {value} is not positive")
+        session.max_new_tokens = parsed if isinstance(parsed, int) else None
+    else:
+        options = session.options.saying(**{key: parsed})
+        options.decoding()
+        session.options = options
+    return Say(f"{key} = {value}")
+
+
+def _show(conversation: Conversation, what: str) -> Effect:
+    if what not in VIEWS:
+        near = difflib.get_close_matches(what, VIEWS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(VIEWS)}"
+        raise UsageError(f"/show {what or 'needs a name'}: not understood", hint=hint)
+    return Say(VIEWS[what](conversation))
+
+
+def _params(conversation: Conversation) -> str:
+    session = conversation.session
+    rows = [(n, f"{v:g}", origin) for n, (v, origin) in session.options.values().items()]
+    seed = session.options.said.seed
+    last = conversation.last
+    drawn = f"{last.seed}" if last and last.seed is not None else "drawn"
+    rows.append(("seed", drawn if seed is None else str(seed), "drawn" if seed is None else "you"))
+    limit = session.max_new_tokens
+    rows.append(("max_new_tokens", str(limit or "what is left"), "you" if limit else "built in"))
+    if session.stop:
+        rows.append(("stop", json.dumps(session.stop, ensure_ascii=False), "you"))
+    return "\n".join(f"{name:<16}{value:<16}{origin}" for name, value, origin in rows)
+
+
+def _context(conversation: Conversation) -> str:
+    session = conversation.session
+    used, size = len(session.prompt_ids), session.model.engine.ctx_size
+    return f"{used} of {size} tokens in {session.turns} turn(s)"
+
+
+def _stats(conversation: Conversation) -> str:
+    done = conversation.last
+    if done is None:
+        return "No reply yet."
+    return statistics(done)
+
+
+def statistics(done: Done) -> str:
+    """One line about how fast a reply came."""
+    ran, timings = done.prompt_tokens - done.reused_tokens, done.timings
+    parts = [f"{len(done.token_ids)} tokens"]
+    if timings.decode_s > 0 and len(done.token_ids) > 1:
+        parts.append(f"{(len(done.token_ids) - 1) / timings.decode_s:.1f} tok/s")
+    parts.append(f"prompt {done.prompt_tokens} ({done.reused_tokens} reused)")
+    if timings.prefill_s > 0 and ran:
+        parts.append(f"prefill {ran / timings.prefill_s:.0f} tok/s")
+    parts.append(f"first token after {timings.ttft_s:.2f} s")
+    if done.seed is not None:
+        parts.append(f"seed {done.seed}")
+    return " · ".join(parts)
+
+
+VIEWS: dict[str, Callable[[Conversation], str]] = {
+    "params": _params,
+    "system": lambda c: c.session.system or "(no system message)",
+    "template": lambda c: getattr(c.session.template, "source", c.session.template.name),
+    "prompt": lambda c: c.session.prompt_text,
+    "ids": lambda c: " ".join(map(str, c.session.prompt_ids)),
+    "model": lambda c: c.title,
+    "context": _context,
+    "stats": _stats,
+}
+
+SETTINGS: dict[str, type] = {
+    **{name: int if name == "top_k" else float for name in BUILT_IN},
+    "seed": int,
+    "strategy": str,
+    "max_new_tokens": int,
+}
+
+COMMANDS: dict[str, Command] = {
+    "help": Command("/help [CMD]", "what can be typed", _help),
+    "exit": Command("/exit", "leave (Ctrl-D)", _exit),
+    "clear": Command("/clear", "forget the conversation, keep the system message", _clear),
+    "regen": Command("/regen [seed N]", "answer the last question anew", _regen),
+    "undo": Command("/undo [N]", "take back the last N turns", _undo),
+    "system": Command("/system [TEXT|@FILE]", "show or set the system message", _system),
+    "set": Command("/set KEY VALUE", f"{', '.join(SETTINGS)}; 'default' takes a value back", _set),
+    "show": Command("/show WHAT", ", ".join(VIEWS), _show),
+}

@@ -1,0 +1,91 @@
+"""`llamachat pull`, `list`, `show`, `where`, `rm`: models by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from llamachat.cli.flags import Json, Name, Offline, Quiet, Revision, TokenFile
+
+# ruff: noqa: UP045  # Typer reads Optional on every Python that is supported
+
+
+def pull(
+    model: Name,
+    *,
+    revision: Revision = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch again.")] = False,
+    offline: Offline = False,
+    hf_token_file: TokenFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Download a model, verified; what is on disk is not fetched again."""
+    from llamachat.library.store import resolve
+    from llamachat.terminal.failure import Notices
+    from llamachat.terminal.progress import download_progress
+    from llamachat.terminal.question import token
+
+    with download_progress(quiet=quiet) as progress:
+        located = resolve(
+            model,
+            revision=revision,
+            token=token(hf_token_file),
+            offline=offline,
+            force=force,
+            notice=Notices(quiet=quiet),
+            progress=progress,
+        )
+    sys.stdout.write(f"{located.path}\n")
+
+
+def list_models(
+    *,
+    every: Annotated[bool, typer.Option("--all", help="And what could be fetched.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what is on disk."""
+    from llamachat.terminal import tables
+
+    tables.show_models(every=every, json=json)
+
+
+def show(
+    model: Name,
+    *,
+    template: Annotated[bool, typer.Option("--template", help="The chat template.")] = False,
+    render: Annotated[
+        Optional[Path],
+        typer.Option("--render", help="A conversation (JSON list of role and content) as prompt."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show a model's config, sizes, licence and files; or a conversation as its prompt."""
+    from llamachat.terminal import tables
+
+    if render is not None:
+        tables.show_rendered(model, render, json=json)
+    elif template:
+        tables.show_template(model, json=json)
+    else:
+        tables.show_model(model, json=json)
+
+
+def where(model: Name) -> None:
+    """Show where a model is on disk, and nothing else."""
+    from llamachat.library.store import require
+
+    sys.stdout.write(f"{require(model).path}\n")
+
+
+def remove(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Aliases or org/name.")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete models that were downloaded."""
+    from llamachat.terminal import tables
+
+    tables.remove(models, yes=yes)

@@ -1,0 +1,103 @@
+"""The line that the user types: editing, history, completion, the toolbar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from llamachat import settings
+from llamachat.chat.commands import COMMANDS, SETTINGS, VIEWS
+
+ARGUMENTS = {"set": tuple(SETTINGS), "show": tuple(VIEWS), "help": tuple(COMMANDS)}
+
+
+def new_prompt(toolbar: Callable[[], str], notice: Callable[[str], None]) -> PromptSession[str]:
+    """The input line: Enter sends, Alt-Enter or Ctrl-J makes a new line, a paste is one message."""
+    return PromptSession(
+        message=">>> ",
+        prompt_continuation="... ",
+        multiline=True,
+        key_bindings=_keys(),
+        history=_history(notice),
+        completer=_Commands(),
+        complete_while_typing=False,
+        bottom_toolbar=toolbar,
+        enable_open_in_editor=True,
+        enable_history_search=True,
+    )
+
+
+class PrivateHistory(FileHistory):
+    """A history file that only its owner can read."""
+
+    def __init__(self, path: Path) -> None:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        path.chmod(0o600)
+        super().__init__(str(path))
+
+    def store_string(self, string: str) -> None:
+        """Keep a line; a full disk loses the line, not the conversation."""
+        try:
+            super().store_string(string)
+        except OSError:
+            return
+
+
+def _history(notice: Callable[[str], None]) -> History:
+    if not settings.keeps_history():
+        return InMemoryHistory()
+    folder, problem = settings.data_dir()
+    if problem:
+        notice(problem)
+    try:
+        return PrivateHistory(folder / "history")
+    except OSError as error:
+        notice(f"{folder / 'history'}: {error.strerror}; this conversation leaves no history")
+        return InMemoryHistory()
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _send(event: KeyPressEvent) -> None:
+        """A line in triple quotes goes on until they are closed."""
+        text = event.current_buffer.text
+        if text.lstrip().startswith('"""') and text.count('"""') < 2:
+            event.current_buffer.insert_text("\n")
+        else:
+            event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+class _Commands(Completer):
+    """Commands, and the keys and views that two of them take."""
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterable[Completion]:
+        """What may follow."""
+        line = document.text_before_cursor
+        if not line.startswith("/") or "\n" in line:
+            return
+        name, space, word = line[1:].partition(" ")
+        if not space:
+            choices, word = tuple(COMMANDS), name
+        else:
+            choices = ARGUMENTS.get(name, ())
+        for choice in choices:
+            if choice.startswith(word):
+                yield Completion(choice, start_position=-len(word))

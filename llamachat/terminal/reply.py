@@ -1,0 +1,136 @@
+"""One answer, in one shot: text or JSON on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from llamachat.chat.commands import statistics
+from llamachat.chat.events import Done, Event, Prefill, Text, Trimmed
+from llamachat.errors import LlamachatError
+from llamachat.terminal.failure import say
+from llamachat.terminal.opening import Opened, Run, open_session
+from llamachat.terminal.stream import trimmed_notice
+
+
+def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
+    """Ask once and write the answer.
+
+    Args:
+        question: what is asked.
+        run: how.
+        json: one object instead of text; with `stream` True, one event a line.
+        stream: None is True for text and False for JSON.
+
+    Raises:
+        KeyboardInterrupt: the reply was interrupted; what there was of it is written.
+    """
+    _prepare_stdout()
+    if json and stream:
+        done = _stream_events(question, run)
+    else:
+        opened = open_session(run)
+        events = opened.session.send(question)
+        if json:
+            done = _last(events)
+            _write(jsonlib.dumps(report(done, opened), ensure_ascii=False) + "\n")
+        else:
+            done = _stream_text(events, run, together=stream is False)
+    if run.verbose:
+        say(f"llamachat: {statistics(done)}")
+    if done.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+
+
+def report(done: Done, opened: Opened) -> dict[str, Any]:
+    """The JSON object of one answer."""
+    ran = done.prompt_tokens - done.reused_tokens
+    times = done.timings
+    return {
+        "model": opened.model.name,
+        "revision": opened.model.located.revision,
+        "quantize": opened.model.quantize,
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": len(done.token_ids),
+        "token_ids": list(done.token_ids),
+        "seed": done.seed,
+        "strategy": dict(done.strategy),
+        "truncated": asdict(done.trimmed),
+        "timings": {
+            "load_s": round(opened.load_s, 4),
+            "prefill_s": round(times.prefill_s, 4),
+            "decode_s": round(times.decode_s, 4),
+            "ttft_s": round(times.ttft_s, 4),
+            "prefill_tok_per_s": _rate(ran, times.prefill_s),
+            "decode_tok_per_s": _rate(len(done.token_ids) - 1, times.decode_s),
+        },
+    }
+
+
+def _stream_text(events: Iterator[Event], run: Run, *, together: bool) -> Done:
+    """Write text as it comes, or together at the end; exactly one final newline."""
+    ends_line = True
+    for event in events:
+        if isinstance(event, Text) and not together:
+            _write(event.text)
+            ends_line = event.text.endswith("\n")
+        elif isinstance(event, Trimmed):
+            run.notices(trimmed_notice(event))
+        elif isinstance(event, Done):
+            if together:
+                _write(event.text)
+                ends_line = event.text.endswith("\n")
+            _write("" if ends_line else "\n")
+            return event
+    raise AssertionError("a reply ends with Done")
+
+
+def _stream_events(question: str, run: Run) -> Done:
+    """One JSON object a line: start, prefill, token, done; or error."""
+    try:
+        opened = open_session(run)
+        _write_event("start", model=opened.model.name, revision=opened.model.located.revision)
+        for event in opened.session.send(question):
+            if isinstance(event, Prefill):
+                _write_event("prefill", **asdict(event))
+            elif isinstance(event, Text):
+                _write_event("token", text=event.text)
+            elif isinstance(event, Done):
+                _write_event("done", **report(event, opened))
+                return event
+    except LlamachatError as error:
+        _write_event("error", message=error.message, exit_code=error.exit_code)
+        raise
+    raise AssertionError("a reply ends with Done")
+
+
+def _last(events: Iterator[Event]) -> Done:
+    *_, done = events
+    assert isinstance(done, Done)
+    return done
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return round(tokens / seconds, 2) if seconds > 0 and tokens > 0 else None
+
+
+def _write_event(kind: str, **values: Any) -> None:
+    _write(jsonlib.dumps({"event": kind, **values}, ensure_ascii=False) + "\n")
+
+
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _prepare_stdout() -> None:
+    """UTF-8 wherever the text goes to a file or a pipe, and nowhere a crash for a character."""
+    if hasattr(sys.stdout, "reconfigure"):
+        encoding = None if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="replace")

@@ -1,0 +1,170 @@
+"""Models and findings for people to read, and the same as JSON."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, encode, render
+from llamachat.checkpoints import open_checkpoint
+from llamachat.errors import ModelNotFoundError, UsageError
+from llamachat.library.catalog import CATALOG
+from llamachat.library.store import Installed, installed, require
+from llamachat.library.store import remove as delete
+from llamachat.terminal.failure import say
+
+MB = 1e6
+
+
+def show_models(*, every: bool, json: bool) -> None:
+    """What is on disk; with `every`, what the catalog knows besides."""
+    models = installed()
+    known = {model.alias for model in models}
+    absent = [entry for entry in CATALOG if every and entry.alias not in known]
+    if json:
+        rows = [_installed_json(model) for model in models]
+        rows += [{"name": e.alias, "repo": e.repo, "installed": False} for e in absent]
+        _write_json(rows)
+        return
+    if not models and not absent:
+        say("llamachat: no model on disk yet; `llamachat pull smollm2-135m` fetches one")
+    rows_shown = [(m.name, f"{m.size_bytes / MB:,.0f} MB", str(m.path)) for m in models]
+    rows_shown += [(e.alias, "not on disk", e.repo) for e in absent]
+    _write_columns(rows_shown)
+
+
+def show_model(name: str, *, json: bool) -> None:
+    """Config, sizes, licence and files."""
+    located = require(name)
+    checkpoint = open_checkpoint(located.path)
+    config = checkpoint.config
+    facts: dict[str, Any] = {
+        "name": name,
+        "path": str(located.path),
+        "repo": located.repo,
+        "revision": located.revision,
+        "form": checkpoint.form,
+        "params": config.n_params,
+        "size_bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "config": asdict(config),
+        "chat_template": checkpoint.chat_template is not None,
+        "generation": dict(checkpoint.generation),
+        "metadata": dict(checkpoint.metadata),
+        "files": [str(file) for file in checkpoint.files],
+    }
+    if json:
+        _write_json(facts)
+    else:
+        _write_columns(_flat(facts))
+
+
+def show_template(name: str, *, json: bool) -> None:
+    """The Jinja source.
+
+    Raises:
+        ModelNotFoundError: the model has none.
+    """
+    template = open_checkpoint(require(name).path).chat_template
+    if json:
+        _write_json({"template": template})
+    elif template is None:
+        raise ModelNotFoundError(f"{name} has no chat template")
+    else:
+        _write(template.removesuffix("\n") + "\n")
+
+
+def show_rendered(name: str, path: Path, *, json: bool) -> None:
+    """A conversation as the exact prompt; with `json`, its ids as well."""
+    checkpoint = open_checkpoint(require(name).path)
+    tokenizer = checkpoint.tokenizer()
+    source = checkpoint.chat_template
+    template = PlainTemplate() if source is None else JinjaTemplate(source, tokenizer)
+    segments = template.segments(_conversation(path))
+    text = render(segments, tokenizer)
+    if json:
+        _write_json({"text": text, "ids": encode(segments, tokenizer)})
+    else:
+        _write(text)
+
+
+def remove(names: Sequence[str], *, yes: bool) -> None:
+    """Delete models, after asking on a terminal.
+
+    Raises:
+        UsageError: it may not ask, and was not told to go ahead.
+    """
+    found = [require(name) for name in names]
+    if not yes:
+        if not (sys.stdin and sys.stdin.isatty()):
+            raise UsageError("rm asks before it deletes, and stdin is no terminal", hint="--yes")
+        say(f"delete {', '.join(str(located.path) for located in found)}? [y/N]")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            say("llamachat: nothing was deleted")
+            return
+    for name, located in zip(names, found, strict=True):
+        say(f"llamachat: {name}: {delete(located) / MB:,.0f} MB freed")
+
+
+def show_findings(findings: Mapping[str, Any], *, json: bool) -> None:
+    """What `doctor` found."""
+    if json:
+        _write_json(findings)
+    else:
+        _write_columns(_flat(findings))
+
+
+def _conversation(path: Path) -> list[Message]:
+    try:
+        turns = jsonlib.loads(path.read_text(encoding="utf-8-sig"))
+        messages = [Message(turn["role"], turn["content"]) for turn in turns]
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: no JSON list of role and content ({error!r})") from error
+    for message in messages:
+        valid = message.role in ("system", "user", "assistant") and isinstance(message.content, str)
+        if not valid:
+            raise UsageError(
+                f"{path}: role {message.role!r} with content {type(message.content).__name__}, "
+                "expected system, user or assistant with text"
+            )
+    return messages
+
+
+def _installed_json(model: Installed) -> dict[str, Any]:
+    return {**asdict(model), "path": str(model.path), "installed": True}
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rows += [(f"{prefix}{key}", str(item)) for item in value]
+        elif value is not None:
+            rows.append((f"{prefix}{key}", f"{value:,}" if type(value) is int else str(value)))
+    return rows
+
+
+def _write_columns(rows: Sequence[tuple[str, ...]]) -> None:
+    if not rows:
+        return
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        _write("  ".join([*cells, row[-1]]).rstrip() + "\n")
+
+
+def _write_json(value: Any) -> None:
+    _write(jsonlib.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _write(text: str) -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.write(text)
