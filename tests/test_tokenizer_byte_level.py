@@ -179,7 +179,7 @@ def test_no_space_is_added_or_taken_away(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@ALL
+@pytest.mark.parametrize("source", ["smollm2_gguf", "llama3_gguf"])
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "é", "7", "我"])
 def test_a_long_run_of_one_character_comes_back(tokenizer: Tokenizer, unit: str) -> None:
     text = unit * 30_000

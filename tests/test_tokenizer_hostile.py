@@ -122,8 +122,8 @@ def test_a_byte_level_vocabulary_that_contradicts_itself_is_refused(
             "token_type",
             "0 unknown tokens",
         ),
-        ({"tokens": ["<unk>", "<s>", *BYTES, "▁", ""]}, "tokens", "must not be empty"),
-        ({"tokens": ["<unk>", "<s>", *BYTES, "▁", "a\0"]}, "tokens", "null"),
+        ({"tokens": ["<unk>", "<s>", *BYTES, "▁", ""]}, "tokens", "found ''"),
+        ({"tokens": ["<unk>", "<s>", *BYTES, "▁", "a\0"]}, "tokens", "without NUL"),
     ],
 )
 def test_a_sentencepiece_vocabulary_that_contradicts_itself_is_refused(

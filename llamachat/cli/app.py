@@ -15,9 +15,10 @@ from llamachat.cli import chat, doctor, models, tokenize
 from llamachat.errors import LlamachatError
 
 EPILOG = (
-    "Exit codes: 0 ok, 1 unexpected, 2 usage or empty prompt, 3 model unknown or not on disk, "
-    "4 no access, 5 will not fit, 6 prompt longer than the context, 7 network or disk, "
-    "8 a check failed, 9 damaged or unsupported file, 130 interrupted."
+    "LLAMACHAT_<COMMAND>_<OPTION> sets any option. Exit codes: 0 ok, 1 unexpected, 2 usage or "
+    "empty prompt, 3 model unknown or not on disk, 4 no access, 5 will not fit, 6 prompt longer "
+    "than the context, 7 network or disk, 8 a check failed, 9 damaged or unsupported file, "
+    "130 interrupted."
 )
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     epilog=EPILOG,
     rich_markup_mode=None,
     no_args_is_help=True,
-    add_completion=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -49,7 +50,14 @@ def top(
     *,
     version: Annotated[
         bool,
-        typer.Option("--version", "-V", callback=show_version, is_eager=True, help="The version."),
+        typer.Option(
+            "--version",
+            "-V",
+            callback=show_version,
+            is_eager=True,
+            help="Show it and leave.",
+            show_envvar=False,
+        ),
     ] = False,
 ) -> None:
     """Talk to a Llama model on your own machine."""

@@ -8,76 +8,87 @@ from typing import Annotated, Optional
 
 import typer
 
-from llamachat.cli.flags import Offline, Quiet, Revision, TokenFile, Verbose
+from llamachat.cli.flags import (
+    Fraction,
+    Number,
+    Offline,
+    Quiet,
+    Revision,
+    Text,
+    TokenFile,
+    Verbose,
+    option,
+)
 
-# ruff: noqa: UP045  # Typer reads Optional on every Python that is supported
+# ruff: noqa: UP045  # Typer evaluates annotations on Python 3.10, too
 
 
 def chat(
-    prompt: Annotated[
-        Optional[str], typer.Argument(metavar="[PROMPT]", help="The question.", show_default=False)
+    argument: Annotated[
+        Text, typer.Argument(metavar="[PROMPT]", help="The question.", show_envvar=False)
     ] = None,
     *,
     model: Annotated[
-        Optional[str], typer.Option("--model", "-m", help="Alias, org/name, or path.")
+        Text, option("--model", "-m", metavar="MODEL", help="Alias, org/name, or path.")
     ] = None,
-    prompt_option: Annotated[
-        Optional[str], typer.Option("--prompt", "-p", metavar="TEXT", help="PROMPT as an option.")
+    prompt: Annotated[
+        Text, option("--prompt", "-p", metavar="TEXT", help="PROMPT as an option.")
     ] = None,
     file: Annotated[
         Optional[list[Path]],
-        typer.Option("--file", "-f", help="Put a file before the prompt; - is stdin; repeatable."),
+        option("--file", "-f", metavar="FILE", help="Goes before PROMPT; - is stdin; repeatable."),
     ] = None,
     system: Annotated[
-        Optional[str], typer.Option("--system", "-s", metavar="TEXT", help="System message.")
+        Text, option("--system", "-s", metavar="TEXT", help="System message.")
     ] = None,
     system_file: Annotated[
-        Optional[Path], typer.Option("--system-file", help="System message from a file.")
+        Optional[Path], option("--system-file", metavar="FILE", help="System message from a file.")
     ] = None,
     max_new_tokens: Annotated[
-        Optional[int],
-        typer.Option("--max-new-tokens", "-n", min=1, help="Bound on a reply, in tokens."),
+        Number,
+        option("--max-new-tokens", "-n", metavar="N", minimum=1, help="Tokens a reply may have."),
     ] = None,
     ctx_size: Annotated[
-        Optional[int],
-        typer.Option("--ctx-size", "-c", min=1, help="Context, in tokens. [default: model's]"),
+        Number,
+        option("--ctx-size", "-c", metavar="N", minimum=1, help="Context [default: the model's]."),
     ] = None,
     threads: Annotated[
-        Optional[int],
-        typer.Option("--threads", "-t", min=1, help="CPU threads. [default: physical cores]"),
+        Number,
+        option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]"),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto or cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, option("--device", metavar="NAME", help="auto, cpu.")] = "auto",
+    dtype: Annotated[
+        str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")
+    ] = "auto",
     template: Annotated[
-        Optional[str], typer.Option("--template", help="none: plain completion.")
+        Text, option("--template", metavar="NAME", help="none: plain completion.")
     ] = None,
     strategy: Annotated[
-        Optional[str], typer.Option("--strategy", help="greedy, random, top-k[:40], top-p[:0.9].")
+        Text, option("--strategy", metavar="NAME", help="greedy, random, top-k[:40], top-p[:0.9].")
     ] = None,
     temperature: Annotated[
-        Optional[float], typer.Option("--temperature", "--temp", help="0 is greedy.")
+        Fraction, option("--temperature", "--temp", metavar="T", help="0 is greedy.")
     ] = None,
     top_k: Annotated[
-        Optional[int], typer.Option("--top-k", help="Keep the k likeliest; 0 is off.")
+        Number, option("--top-k", metavar="K", help="Draw from the K likeliest; 0 is off.")
     ] = None,
     top_p: Annotated[
-        Optional[float], typer.Option("--top-p", help="Keep the nucleus of mass p; 1 is off.")
+        Fraction, option("--top-p", metavar="P", help="Draw from the nucleus of mass P; 1 is off.")
     ] = None,
     min_p: Annotated[
-        Optional[float],
-        typer.Option("--min-p", help="Keep what is at least this likely, of the best; 0 is off."),
+        Fraction, option("--min-p", metavar="P", help="Nothing below P of the best; 0 is off.")
     ] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed", help="Of every draw.")] = None,
+    seed: Annotated[
+        Number, option("--seed", metavar="N", help="Of every draw [default: drawn].")
+    ] = None,
     stop: Annotated[
-        Optional[list[str]],
-        typer.Option("--stop", metavar="TEXT", help="Ends a reply; repeatable."),
+        Optional[list[str]], option("--stop", metavar="TEXT", help="Ends a reply; repeatable.")
     ] = None,
     stream: Annotated[
-        Optional[bool],
-        typer.Option("--stream/--no-stream", help="Show text as it comes. [default: stream]"),
+        Optional[bool], option("--stream/--no-stream", help="Text as it comes [default], or not.")
     ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="One JSON object; with --stream, events.")
+        bool, option("--json", help="One object; with --stream one event a line.")
     ] = False,
     offline: Offline = False,
     revision: Revision = None,
@@ -96,12 +107,11 @@ def chat(
 
     began = time.perf_counter()
     notices = Notices(quiet=quiet)
-    asked = question.read(prompt, prompt_option, file or [], notices)
-    said = Said(strategy, temperature, top_k, top_p, min_p, seed)
+    asked = question.read(argument, prompt, file or [], notices)
     run = Run(
         model=model,
         system=question.system_message(system, system_file),
-        said=said,
+        said=Said(strategy, temperature, top_k, top_p, min_p, seed),
         max_new_tokens=max_new_tokens,
         ctx_size=ctx_size,
         threads=threads,

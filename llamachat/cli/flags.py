@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
+
+def option(*names: str, help: str, metavar: str | None = None, minimum: int | None = None) -> Any:
+    """An option whose help is one line. The variable that sets it is told once, for all."""
+    return typer.Option(
+        *names, help=help, metavar=metavar, min=minimum, show_default=False, show_envvar=False
+    )
+
+
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="Alias, org/name, or path.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notices on stderr.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Statistics, and tracebacks.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Json = Annotated[bool, option("--json", help="JSON on stdout.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="No notices on stderr.")]
+Verbose = Annotated[bool, option("--verbose", "-v", help="Statistics, and tracebacks.")]
+Offline = Annotated[bool, option("--offline", help="Never use the network.")]
+# Typer evaluates annotations on Python 3.10, too: hence Optional.
+Text = Optional[str]  # noqa: UP045
+Number = Optional[int]  # noqa: UP045
+Fraction = Optional[float]  # noqa: UP045
 Revision = Annotated[
-    Optional[str],  # noqa: UP045  # Typer evaluates it on Python 3.10, too
-    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."),
+    Text, option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 ]
 TokenFile = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--hf-token-file", metavar="FILE", help="File that holds the Hub token."),
+    Text, option("--hf-token-file", metavar="FILE", help="File that holds the Hub token.")
 ]

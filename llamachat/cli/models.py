@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from llamachat.cli.flags import Json, Name, Offline, Quiet, Revision, TokenFile
+from llamachat.cli.flags import Json, Name, Offline, Quiet, Revision, TokenFile, option
 
 # ruff: noqa: UP045  # Typer reads Optional on every Python that is supported
 
@@ -17,7 +17,7 @@ def pull(
     model: Name,
     *,
     revision: Revision = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch again.")] = False,
+    force: Annotated[bool, option("--force", help="Fetch again.")] = False,
     offline: Offline = False,
     hf_token_file: TokenFile = None,
     quiet: Quiet = False,
@@ -43,7 +43,7 @@ def pull(
 
 def list_models(
     *,
-    every: Annotated[bool, typer.Option("--all", help="And what could be fetched.")] = False,
+    every: Annotated[bool, option("--all", help="And what could be fetched.")] = False,
     json: Json = False,
 ) -> None:
     """Show what is on disk."""
@@ -55,10 +55,10 @@ def list_models(
 def show(
     model: Name,
     *,
-    template: Annotated[bool, typer.Option("--template", help="The chat template.")] = False,
+    template: Annotated[bool, option("--template", help="The chat template.")] = False,
     render: Annotated[
         Optional[Path],
-        typer.Option("--render", help="A conversation (JSON list of role and content) as prompt."),
+        option("--render", metavar="FILE", help="A JSON list of role and content, as prompt."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -83,7 +83,7 @@ def where(model: Name) -> None:
 def remove(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Aliases or org/name.")],
     *,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete models that were downloaded."""
     from llamachat.terminal import tables

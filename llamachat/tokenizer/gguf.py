@@ -144,6 +144,9 @@ class _Keys:
 def _sentencepiece(keys: _Keys) -> TableTokenizer:
     tokens = keys.tokens()
     types = keys.types(len(tokens))
+    for token in tokens:
+        if not token or "\0" in token:
+            raise keys.refusal("tokens", short(token), "text without NUL")
     _check_bytes(keys, tokens, types)
     pieces = list(tokens)
     for i in types.ids(PieceType.USER_DEFINED):

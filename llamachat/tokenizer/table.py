@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llamachat.tokenizer.stream import detokenize
 
@@ -15,7 +16,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TableTokenizer:
     """The `Tokenizer` of every kind of vocabulary; what differs are `split` and `spell`.
 
@@ -36,7 +37,7 @@ class TableTokenizer:
     stop_ids: frozenset[int]
     space_prefix: bool
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the highest id."""
         return max(self.pieces, default=-1) + 1
