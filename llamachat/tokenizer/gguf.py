@@ -113,7 +113,7 @@ class _Keys:
         """An array of `count` numbers whose numpy kind is one of `kinds`."""
         value = self.get(name)
         # Looked at before numpy would pad every item to the size of the largest.
-        plain = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+        plain = isinstance(value, list) and {*map(type, value)} <= {int, float}
         array = np.asarray(value) if plain or isinstance(value, np.ndarray) else np.empty(())
         if array.ndim != 1 or array.dtype.kind not in kinds:
             raise self.refusal(name, _kind(value), f"{count} numbers")
