@@ -243,10 +243,14 @@ def test_every_declared_end_stops_a_reply() -> None:
     assert tiny(eos_token_id=3, eot_token_id=4, eom_token_id=5).stop_ids == {3, 4, 5, 18}
 
 
+def test_the_declared_eos_is_what_templates_call_eos_token() -> None:
+    assert tiny(eos_token_id=3, eot_token_id=4).eos_id == 3
+
+
 @pytest.mark.parametrize("none", [4294967295, 20, -1])
 def test_an_id_beyond_the_vocabulary_means_none(none: int) -> None:
     tokenizer = tiny(bos_token_id=none, eos_token_id=none, add_bos_token=True)
-    assert (tokenizer.bos_id, tokenizer.add_bos) == (None, False)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (None, None, False)
     assert tokenizer.stop_ids == {18}
 
 

@@ -109,6 +109,11 @@ def test_every_source_of_stop_ids_counts(tmp_path: Path) -> None:
     assert tokenizer.stop_ids == {4, 5, 6}
 
 
+def test_the_settings_eos_comes_before_the_config_s(tmp_path: Path) -> None:
+    assert opened(tmp_path, {"eos_token": "</s>"}, eos_ids=[4]).eos_id == 5
+    assert opened(tmp_path, {}, eos_ids=[4]).eos_id == 4
+
+
 def test_added_tokens_that_are_not_special_are_found_in_text(tmp_path: Path) -> None:
     tokenizer = opened(tmp_path)
     assert tokenizer.encode("a[outilé]") == [0, 7]

@@ -112,7 +112,6 @@ class JinjaTemplate:
     Args:
         source: the Jinja source.
         tokenizer: names the special tokens that the template may write.
-        eos_id: what the template calls `eos_token`; by default the only id that stops.
         sandbox: where to render; by default one of its own.
     """
 
@@ -123,12 +122,9 @@ class JinjaTemplate:
         source: str,
         tokenizer: Tokenizer,
         *,
-        eos_id: int | None = None,
         sandbox: Sandbox | None = None,
     ) -> None:
-        if eos_id is None and len(tokenizer.stop_ids) == 1:
-            (eos_id,) = tokenizer.stop_ids
-        named = {"bos_token": tokenizer.bos_id, "eos_token": eos_id}
+        named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         spelled = {token: text for text, token in tokenizer.specials.items()}
         self.source = source
         self._tokens = {k: spelled[token] for k, token in named.items() if token in spelled}

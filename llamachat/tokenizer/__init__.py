@@ -24,6 +24,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def eos_id(self) -> int | None:
+        """What the model's template calls `eos_token`; one of `stop_ids`."""
+        ...
+
+    @property
     def add_bos(self) -> bool:
         """Whether a prompt must begin with `bos_id`."""
         ...

@@ -15,7 +15,7 @@ from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 from llamachat.tokenizer.bpe import library_failures, spelling, splitter
 from llamachat.tokenizer.spm import load_model, sentencepiece_tokenizer
-from llamachat.tokenizer.table import TableTokenizer, sentencepiece_bytes, stop_set
+from llamachat.tokenizer.table import TableTokenizer, first_known, sentencepiece_bytes, stop_set
 
 # The largest tokenizer.json of a Llama model has 17 MB.
 _MAX_TOKENIZER_BYTES = 256 << 20
@@ -113,7 +113,7 @@ def _from_json(
     specials = {token.content: i for i, token in added.items() if token.special}
     leading = next((i for i in with_specials[:1] if i in specials.values()), None)
     bos = next((i for i in (specials.get(bos_text or ""), bos_id, leading) if i in pieces), None)
-    add_bos = settings.add_bos()
+    add_bos, stops = settings.add_bos(), [specials.get(eos_text or ""), *eos_ids]
     return TableTokenizer(
         pieces=pieces,
         specials=specials,
@@ -121,8 +121,9 @@ def _from_json(
         split=split,
         spell=spell,
         bos_id=bos,
+        eos_id=first_known(stops, pieces),
         add_bos=bos is not None and (leading == bos if add_bos is None else add_bos),
-        stop_ids=stop_set(specials, [*eos_ids, specials.get(eos_text or "")], pieces),
+        stop_ids=stop_set(specials, stops, pieces),
         space_prefix=spell is sentencepiece_bytes and "".join(letter).startswith("▁"),
     )
 
@@ -146,7 +147,7 @@ def _from_sentencepiece(
         model,
         bos_id=known.get(bos_text or "", own_bos),
         add_bos=True if add_bos is None else add_bos,
-        declared_stops=[*eos_ids, model.processor.eos_id(), known.get(eos_text or "")],
+        declared_stops=[known.get(eos_text or ""), *eos_ids, model.processor.eos_id()],
         added_specials=specials,
     )
 

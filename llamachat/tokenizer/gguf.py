@@ -21,7 +21,7 @@ from llamachat.tokenizer.bpe import (
     splitter,
 )
 from llamachat.tokenizer.spm import PieceType, load_model, model_proto, sentencepiece_tokenizer
-from llamachat.tokenizer.table import TableTokenizer, byte_level_bytes, stop_set
+from llamachat.tokenizer.table import TableTokenizer, byte_level_bytes, first_known, stop_set
 
 _BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(0x100)}
 
@@ -228,6 +228,7 @@ def _byte_level(keys: _Keys) -> TableTokenizer:
         split=splitter(library),
         spell=byte_level_bytes,
         bos_id=bos_id,
+        eos_id=first_known(keys.stops(), pieces),
         add_bos=keys.flag("add_bos_token", default=is_llama3(pre)) and bos_id is not None,
         stop_ids=stop_set(specials, keys.stops(), pieces),
         space_prefix=False,

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from sentencepiece import SentencePieceProcessor
 
 from llamachat.errors import DamagedFileError
-from llamachat.tokenizer.table import TableTokenizer, sentencepiece_bytes, stop_set
+from llamachat.tokenizer.table import TableTokenizer, first_known, sentencepiece_bytes, stop_set
 
 
 class PieceType(IntEnum):
@@ -106,14 +106,16 @@ def sentencepiece_tokenizer(
     specials = {**controls, **added_specials}
     pieces = {token: text for text, token in added_specials.items()} | dict(model.pieces)
     bos = bos_id if bos_id in pieces else None
+    stops = tuple(declared_stops)
     return TableTokenizer(
         pieces=pieces,
         specials=specials,
         split=processor.encode,
         spell=sentencepiece_bytes,
         bos_id=bos,
+        eos_id=first_known(stops, pieces),
         add_bos=add_bos and bos is not None,
-        stop_ids=stop_set(specials, declared_stops, pieces),
+        stop_ids=stop_set(specials, stops, pieces),
         space_prefix=processor.normalize("a").startswith("▁"),
     )
 

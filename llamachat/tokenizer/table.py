@@ -33,6 +33,7 @@ class TableTokenizer:
     split: Callable[[str], list[int]] = field(repr=False)
     spell: Callable[[str], bytes] = field(repr=False)
     bos_id: int | None
+    eos_id: int | None
     add_bos: bool
     stop_ids: frozenset[int]
     space_prefix: bool
@@ -60,6 +61,11 @@ class TableTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a whole sequence: specials skipped, the dummy space taken away."""
         return detokenize(self, ids)
+
+
+def first_known(declared: Iterable[int | None], pieces: Mapping[int, str]) -> int | None:
+    """The first declared id that exists."""
+    return next((token for token in declared if token in pieces), None)
 
 
 def stop_set(
