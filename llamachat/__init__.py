@@ -36,6 +36,9 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return metadata.version("llamachat")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(_HOMES[name])
+    # All of a module's names at once: importing llamachat.load put the module in place of `load`.
+    globals().update({n: getattr(home, n) for n in _HOMES if _HOMES[n] == _HOMES[name]})
+    return globals()[name]

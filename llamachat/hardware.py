@@ -64,14 +64,17 @@ def _cgroup_cores() -> int | None:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """(total, available) bytes of memory; a cgroup's limit counts."""
+    """(total, available) bytes of memory; a cgroup's limit counts, its file cache does not."""
     import psutil
 
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
+    group = Path("/sys/fs/cgroup")
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        statistics = (group / "memory.stat").read_text(encoding="ascii").split()
+        used -= int(statistics[statistics.index("inactive_file") + 1])  # given back when needed
     except (OSError, ValueError):  # no cgroup, or "max"
         return total, available
     return min(total, limit), max(0, min(available, limit - used))

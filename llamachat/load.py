@@ -186,7 +186,9 @@ def _context(
             f"--ctx-size is {asked}, the model takes 1 to {config.max_seq_len} tokens",
         )
     _, available = hardware.memory_bytes()
-    weights, token = config.n_params * value_bytes, config.cached_values_per_token * value_bytes
+    twice = config.vocab_size * config.dim if config.tied else 0  # to look up, and as the head
+    weights = (config.n_params + twice) * value_bytes
+    token = config.cached_values_per_token * value_bytes
     left = int(available * MEMORY_SHARE) - weights
     fits = max(0, left // token)
     wanted = asked or config.max_seq_len

@@ -47,15 +47,15 @@ def config() -> Mapping[str, Any]:
     """
     try:
         path = config_path()
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except (OSError, RuntimeError):  # absent, unreadable, or no home folder at all
         return {}
     import tomlkit
-    from tomlkit.exceptions import ParseError
+    from tomlkit.exceptions import TOMLKitError
 
     try:
-        return tomlkit.parse(text).unwrap()
-    except ParseError as error:
+        return tomlkit.parse(content).unwrap()
+    except (TOMLKitError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}", hint="mend or remove the file") from error
 
 
@@ -75,6 +75,11 @@ def default_model() -> str:
 def keeps_history() -> bool:
     """Whether typed lines may be kept in a file (`LLAMACHAT_NOHISTORY=1`: no)."""
     return os.environ.get("LLAMACHAT_NOHISTORY", "") in ("", "0")
+
+
+def terminal_is_dumb() -> bool:
+    """Whether `TERM` says that the terminal knows no escapes."""
+    return os.environ.get("TERM", "").lower() in ("dumb", "unknown")
 
 
 def is_offline() -> bool:
@@ -108,12 +113,13 @@ def omp_threads() -> int | None:
 def _usable_dir(variable: str, kind: str) -> tuple[Path, str | None]:
     import platformdirs
 
+    folder: Path | None = None
     try:
-        named = os.environ.get(variable)
-        folder = Path(named).expanduser() if named else None
-        if folder is None:
-            found: Path = getattr(platformdirs, kind)("llamachat", appauthor=False)
-            folder = found
+        if named := os.environ.get(variable):
+            folder = Path(named)
+            folder = folder.expanduser()
+        else:
+            folder = Path(getattr(platformdirs, kind)("llamachat", appauthor=False))
         if not folder.is_absolute():
             raise OSError(f"{folder} is not absolute")
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from llamachat.kernels import Kernels
+    from llamachat.model.decoder import Decoder
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +26,78 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.fail(f"LLAMACHAT_TEST_DATA names {folder}, which is no folder")
     return folder.resolve()
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes folders of small random Llamas with a ChatML template, as transformers saves them.
+
+    Ids 0 to 255 are bytes, then come <|im_start|>, <|im_end|> (which stops) and <s>; the model's
+    table has 272 rows. Weights are spread so widely that the best logits stand well apart.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    def write(*, shard_size: str = "1GB", **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("tiny")
+        shape = {
+            "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 1024, "initializer_range": 0.2, "rms_norm_eps": 1e-5,
+            "bos_token_id": 258, "eos_token_id": 257,
+        }  # fmt: skip
+        set_seed(1)
+        LlamaForCausalLM(LlamaConfig(**(shape | changes))).save_pretrained(
+            folder, max_shard_size=shard_size
+        )
+        _write_byte_tokenizer(folder)
+        return folder
+
+    return write
+
+
+def _write_byte_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def random_decoder() -> Callable[..., Decoder]:
+    """Builds small random decoders in float32, without files; the same weights each time."""
+    import torch
+
+    from llamachat.architecture import ModelConfig
+    from llamachat.checkpoints.names import iter_weights
+    from llamachat.kernels.reference import Reference
+    from llamachat.model.decoder import load_decoder
+
+    torch.set_num_threads(1)  # more only wait for each other over matrices as small as these
+
+    def build(kernels: Kernels | None = None, damaged: str = "") -> Decoder:
+        config = ModelConfig(
+            dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=64,
+            norm_eps=1e-5, rope_theta=1e4, max_seq_len=256, tied=False,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+        tensors = {
+            weight.hf: torch.randn(weight.shape, generator=generator) * 0.3
+            for weight in iter_weights(config)
+        }
+        if damaged:
+            tensors[damaged][-1] = math.nan
+        return load_decoder(config, tensors.items(), kernels or Reference())
+
+    return build

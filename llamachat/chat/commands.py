@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -26,7 +26,7 @@ class Say:
 class Answer:
     """Stream a reply."""
 
-    events: Iterator[Event]
+    events: Generator[Event, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,11 @@ def interpret(line: str, conversation: Conversation) -> Effect:
         UsageError: no such command (with the nearest name), or its arguments are wrong.
     """
     if not line.startswith("/") or line.startswith("//"):
-        return Answer(conversation.session.send(_unquoted(line.removeprefix("/"))))
-    name, _, argument = line[1:].partition(" ")
+        question = _unquoted(line.removeprefix("/"))
+        if not question.strip():
+            raise UsageError("there is nothing to ask between the quotes")
+        return Answer(conversation.session.send(question))
+    name, *argument = line[1:].split(maxsplit=1) if line[1:2].strip() else [""]
     command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -79,7 +82,7 @@ def interpret(line: str, conversation: Conversation) -> Effect:
             f"/{name}: no such command",
             hint=f"did you mean /{near[0]}?" if near else "/help lists them; // sends a slash",
         )
-    return command.perform(conversation, argument.strip())
+    return command.perform(conversation, "".join(argument).strip())
 
 
 def _unquoted(line: str) -> str:
@@ -150,7 +153,8 @@ def _set(conversation: Conversation, argument: str) -> Effect:
     try:
         parsed = None if value == "default" else kind(value)
     except ValueError:
-        raise UsageError(f"/set {key}: {value!r} is no {kind.__name__}") from None
+        expected = "a whole number" if kind is int else "a number"
+        raise UsageError(f"/set {key}: found {value!r}, expected {expected}") from None
     session = conversation.session
     if key == "max_new_tokens":
         if isinstance(parsed, int) and parsed < 1:

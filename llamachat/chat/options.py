@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,14 @@ STRATEGIES = ("greedy", "random", "top-k", "top-p")
 FILTERS_OFF: Mapping[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 ALONE: Mapping[str, tuple[str, float]] = {"top-k": ("top_k", 40), "top-p": ("top_p", 0.9)}
 BUILT_IN: Mapping[str, float] = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.0}
+OFF: Mapping[str, float] = {"temperature": 0, **FILTERS_OFF}  # temperature 0: nothing is drawn
+# What must be off under each strategy, and what must not.
+OFF_AND_ON: Mapping[str, tuple[Set[str], Set[str]]] = {
+    "greedy": (OFF.keys(), set()),
+    "random": (FILTERS_OFF.keys(), {"temperature"}),
+    "top-k": (set(), {"temperature", "top_k"}),
+    "top-p": (set(), {"temperature", "top_p"}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +78,12 @@ class Options:
                 values[name] = (value, f"strategy {strategy}")
         if strategy == "greedy":
             values["temperature"] = (0.0, "strategy greedy")
-        elif strategy is not None and values["temperature"][0] == 0:
-            values["temperature"] = (1.0, f"strategy {strategy}")
+        elif values["temperature"][0] == 0 and "temperature" not in named:
+            # The model would rather not draw, but the user asks for it.
+            if strategy is not None:
+                values["temperature"] = (1.0, f"strategy {strategy}")
+            elif any(named[name] != FILTERS_OFF[name] for name in named):
+                values["temperature"] = (1.0, "filters that you named")
         return values
 
     def decoding(self) -> Decoding:
@@ -125,16 +137,11 @@ def _parse(strategy: str | None) -> tuple[str | None, float | None]:
 
 
 def _check(strategy: str, named: Mapping[str, float]) -> None:
-    """Refuse what the strategy would have to ignore."""
-    forbidden: Sequence[str] = {"greedy": list(BUILT_IN), "random": list(FILTERS_OFF)}.get(
-        strategy, []
-    )
-    for name in forbidden:
-        harmless = name == "temperature" and named.get(name) == 0
-        if name in named and not harmless:
-            raise _contradiction(strategy, name, named[name])
-    if strategy != "greedy" and named.get("temperature") == 0:
-        raise _contradiction(strategy, "temperature", 0)
+    """Refuse what the strategy would have to ignore, and what would undo it."""
+    off, on = OFF_AND_ON[strategy]
+    for name, value in named.items():
+        if name in (on if value == OFF[name] else off):
+            raise _contradiction(strategy, name, value)
 
 
 def _contradiction(strategy: str, name: str, value: float) -> UsageError:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llamachat.chat.context import fit, turns_of
+from llamachat.chat.context import Fitted, fit, turns_of
 from llamachat.chat.events import Done, Event, FinishReason, Prefill, Text, Timings, Trimmed
 from llamachat.chat.options import Options, Said
 from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, Template, encode, render
@@ -134,31 +134,31 @@ class ChatSession:
         """The same, spelled out."""
         return render(self.template.segments(self._messages), self.model.tokenizer)
 
-    def send(self, text: str) -> Iterator[Event]:
+    def send(self, text: str) -> Generator[Event, None, None]:
         """Ask, and stream the answer.
 
-        A reply that is interrupted (KeyboardInterrupt, or the iterator closed) stays in the
-        conversation as far as it came; a question without a single token of answer does not.
+        The conversation changes when the reply is over. One that is interrupted
+        (KeyboardInterrupt, or the iterator closed) stays as far as it came; without a single
+        token of answer everything stays as it was.
 
         Raises:
-            PromptTooLongError: the question alone is longer than the context; it is not kept.
+            PromptTooLongError: the question alone is longer than the context.
         """
         self._attempt = 0
-        return self._ask(Message("user", text))
+        return self._ask([*self._messages, Message("user", text)])
 
-    def regenerate(self, seed: int | None = None) -> Iterator[Event]:
-        """Answer the last question anew: another draw, or that of `seed`.
+    def regenerate(self, seed: int | None = None) -> Generator[Event, None, None]:
+        """Answer the last question anew: another draw, or that of `seed`. See `send`.
 
         Raises:
             UsageError: there is no question.
         """
-        question = self._question()
+        last = self._last_question()
         if seed is not None:
             self.options, self._attempt = self.options.saying(seed=seed), 0
         else:
             self._attempt += 1
-        del self._messages[self._messages.index(question) :]
-        return self._ask(question)
+        return self._ask(self._messages[: 1 + last])
 
     def undo(self, n: int = 1) -> int:
         """Forget the last n turns; returns how many there were to forget."""
@@ -172,43 +172,36 @@ class ChatSession:
         """Forget every turn; the system message stays."""
         self.undo(self.turns)
 
-    def _ask(self, question: Message) -> Iterator[Event]:
-        began = time.perf_counter()
-        kept = tuple(self._messages)
-        self._messages.append(question)
-        try:
-            decoding = self._decoding()
-            fitted = fit(
-                self._messages,
-                lambda messages: encode(self.template.segments(messages), self.model.tokenizer),
-                forgotten=self._forgotten,
-                ctx_size=self.model.engine.ctx_size,
-                max_new_tokens=self.max_new_tokens,
-            )
-            reply = _Reply(self.model.tokenizer, self.stop, began)
-            events = self.model.engine.generate(
-                fitted.ids,
-                decoding,
-                max_new_tokens=self.max_new_tokens,
-                ends=reply.ends if self.stop else None,
-                turn=self.turns - 1,
-                attempt=self._attempt,
-            )
-        except BaseException:
-            self._messages[:] = kept
-            raise
-        trimmed = Trimmed(fitted.forgotten - self._forgotten, fitted.dropped_tokens)
-        self._forgotten = fitted.forgotten
-        return self._answer(events, reply, decoding, trimmed, len(fitted.ids))
+    def _ask(self, asked: list[Message]) -> Generator[Event, None, None]:
+        """Answer a conversation that ends with a question."""
+        reply = _Reply(self.model.tokenizer, self.stop, began=time.perf_counter())
+        decoding = self._decoding()
+        fitted = fit(
+            asked,
+            lambda messages: encode(self.template.segments(messages), self.model.tokenizer),
+            forgotten=self._forgotten,
+            ctx_size=self.model.engine.ctx_size,
+            max_new_tokens=self.max_new_tokens,
+        )
+        events = self.model.engine.generate(
+            fitted.ids,
+            decoding,
+            max_new_tokens=self.max_new_tokens,
+            ends=reply.ends if self.stop else None,
+            turn=len(turns_of(asked)) - 1,
+            attempt=self._attempt,
+        )
+        return self._answer(events, asked, reply, decoding, fitted)
 
     def _answer(
         self,
         events: Iterator[engine_events.EngineEvent],
+        asked: Sequence[Message],
         reply: _Reply,
         decoding: Decoding,
-        trimmed: Trimmed,
-        prompt_tokens: int,
-    ) -> Iterator[Event]:
+        fitted: Fitted,
+    ) -> Generator[Event, None, None]:
+        trimmed = Trimmed(fitted.forgotten - self._forgotten, fitted.dropped_tokens)
         reason: FinishReason = "interrupted"
         try:
             if trimmed.turns:
@@ -219,14 +212,16 @@ class ChatSession:
             pass
         finally:
             rest = reply.flush()
-            self._keep(reply, interrupted=reason == "interrupted")
+            if reply.ids or reason != "interrupted":
+                self._messages[:] = [*asked, reply.message()]
+                self._forgotten = fitted.forgotten
         if rest:
             yield Text(rest)
         yield Done(
             text=reply.text,
             finish_reason=reason,
             token_ids=tuple(reply.ids),
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(fitted.ids),
             reused_tokens=reply.reused,
             seed=decoding.seed,
             strategy=describe(decoding),
@@ -234,21 +229,16 @@ class ChatSession:
             timings=reply.timings(),
         )
 
-    def _keep(self, reply: _Reply, *, interrupted: bool) -> None:
-        if reply.ids or not interrupted:
-            self._messages.append(reply.message())
-        else:
-            self._messages.pop()
-
     def _decoding(self) -> Decoding:
         """The options, with the user's seed or this session's own."""
         return self.options.decoding().seeded(self._seed)
 
-    def _question(self) -> Message:
-        turns = turns_of(self._messages)
-        if not turns or turns[-1][0].role != "user":
+    def _last_question(self) -> int:
+        """Where it stands among the messages."""
+        asked = [i for i, message in enumerate(self._messages) if message.role == "user"]
+        if not asked:
             raise UsageError("there is no question to answer again")
-        return turns[-1][0]
+        return asked[-1]
 
     @property
     def _has_system(self) -> bool:
@@ -301,9 +291,9 @@ class _Reply:
 
     def ends(self, ids: Sequence[int]) -> bool:
         """Whether the last of `ids` completes a stop string."""
-        longest = max(len(stop.encode()) for stop in self.stops)
-        tail = b"".join(map(self.tokenizer.token_bytes, ids[-longest - 8 :]))
-        return first_stop(tail.decode("utf-8", "replace"), self.stops) is not None
+        recent = ids[-max(len(stop.encode()) for stop in self.stops) - 8 :]
+        text = Detokenizer(self.tokenizer, continues=len(recent) < len(ids))
+        return first_stop("".join(map(text.feed, recent)), self.stops) is not None
 
     def message(self) -> Message:
         """The assistant's turn; where a stop string cut its text, the ids say too much."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from llamachat.cli import chat, doctor, models, tokenize
-from llamachat.errors import LlamachatError
+from llamachat.errors import LlamachatError, UsageError
+from llamachat.terminal import output
+from llamachat.terminal.failure import show_failure
 
 EPILOG = (
     "LLAMACHAT_<COMMAND>_<OPTION> sets any option. Exit codes: 0 ok, 1 unexpected, 2 usage or "
@@ -21,11 +23,21 @@ EPILOG = (
     "130 interrupted."
 )
 
+ALIASES = {"run": "chat", "download": "pull", "remove": "rm"}  # what other programs call them
+
+
+class Commands(TyperGroup):
+    """Understands other programs' names of a command; they share its variables and help."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is asked for."""
+        return super().resolve_command(ctx, [ALIASES.get(args[0], args[0]), *args[1:]])
+
+
 app = typer.Typer(
-    help="Talk to a Llama model on your own machine.",
+    cls=Commands,
     epilog=EPILOG,
     rich_markup_mode=None,
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
@@ -36,8 +48,56 @@ app = typer.Typer(
 )
 
 
-def show_version(value: bool) -> None:
-    """Print the version and leave."""
+def run() -> int:
+    """Run the command line; returns its exit code, however it ends."""
+    output.prepare()
+    try:
+        exit_code: int | None = app(prog_name="llamachat", standalone_mode=False)
+        sys.stdout.flush()
+    except OSError as error:  # help or version: what a command raises does not come here
+        return _failed(output.lost(error))
+    except Exception as error:  # noqa: BLE001  # nothing may escape
+        return _failed(_misused(error))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to change how it ended
+    return exit_code or 0
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., int]:
+    """The command, with every ending turned into its exit code and at most two lines."""
+
+    @functools.wraps(command)
+    def ended(*args: Any, **kwargs: Any) -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:  # noqa: BLE001  # nothing may escape
+            return _failed(error, verbose=bool(kwargs.get("verbose")))
+        return 0
+
+    return ended
+
+
+def _failed(error: Exception, *, verbose: bool = False) -> int:
+    if isinstance(error, BrokenPipeError):  # nobody reads on, as with `| head`
+        return 0
+    show_failure(error, verbose=verbose)
+    return error.exit_code if isinstance(error, LlamachatError) else 1
+
+
+def _misused(error: Exception) -> Exception:
+    """An error of the command line in our words; Typer does not export its classes."""
+    if not hasattr(error, "format_message"):
+        return error
+    context = getattr(error, "ctx", None)
+    program = context.command_path if context else "llamachat"
+    return UsageError(error.format_message().rstrip("."), hint=f"{program} --help")
+
+
+def _show_version(value: bool) -> None:
     if value:
         from llamachat import __version__
 
@@ -45,15 +105,16 @@ def show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def top(
+    context: typer.Context,
     *,
     version: Annotated[
         bool,
         typer.Option(
             "--version",
             "-V",
-            callback=show_version,
+            callback=_show_version,
             is_eager=True,
             help="Show it and leave.",
             show_envvar=False,
@@ -61,56 +122,18 @@ def top(
     ] = False,
 ) -> None:
     """Talk to a Llama model on your own machine."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
-def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, with every ending turned into its exit code and at most two lines."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        verbose = bool(kwargs.get("verbose"))
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
-        try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _discard_stdout()
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except LlamachatError as error:
-            _end(error, error.exit_code, verbose=verbose)
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:  # noqa: BLE001  # the one place where nothing may escape
-            _end(error, 1, verbose=verbose)
-
-    return run
-
-
-def _end(error: Exception, exit_code: int, *, verbose: bool) -> None:
-    from llamachat.terminal.failure import show_failure
-
-    show_failure(error, verbose=verbose)
-    raise typer.Exit(exit_code)
-
-
-def _discard_stdout() -> None:
-    """Nobody reads on: whatever is still buffered goes nowhere, quietly."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-for name, command, hidden in (
-    ("chat", chat.chat, False),
-    ("run", chat.chat, True),
-    ("pull", models.pull, False),
-    ("download", models.pull, True),
-    ("list", models.list_models, False),
-    ("show", models.show, False),
-    ("where", models.where, False),
-    ("rm", models.remove, False),
-    ("remove", models.remove, True),
-    ("tokenize", tokenize.tokenize, False),
-    ("doctor", doctor.doctor, False),
+for name, command in (
+    ("chat", chat.chat),
+    ("pull", models.pull),
+    ("list", models.list_models),
+    ("show", models.show),
+    ("where", models.where),
+    ("rm", models.remove),
+    ("tokenize", tokenize.tokenize),
+    ("doctor", doctor.doctor),
 ):
-    app.command(name, hidden=hidden)(guarded(command))
+    app.command(name)(guarded(command))

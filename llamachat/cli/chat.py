@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -25,7 +24,7 @@ from llamachat.cli.flags import (
 
 def chat(
     argument: Annotated[
-        Text, typer.Argument(metavar="[PROMPT]", help="The question.", show_envvar=False)
+        Text, typer.Argument(metavar="PROMPT", help="The question.", show_envvar=False)
     ] = None,
     *,
     model: Annotated[
@@ -101,16 +100,16 @@ def chat(
     Text on stdin is the prompt, or comes before PROMPT. Only the answer goes to stdout.
     """
     from llamachat.chat.options import Said
+    from llamachat.errors import UsageError
     from llamachat.terminal import question, reply
     from llamachat.terminal.failure import Notices
     from llamachat.terminal.opening import Run
 
-    began = time.perf_counter()
     notices = Notices(quiet=quiet)
     asked = question.read(argument, prompt, file or [], notices)
     run = Run(
         model=model,
-        system=question.system_message(system, system_file),
+        system=question.system_message(system, system_file, notices),
         said=Said(strategy, temperature, top_k, top_p, min_p, seed),
         max_new_tokens=max_new_tokens,
         ctx_size=ctx_size,
@@ -118,15 +117,16 @@ def chat(
         device=device,
         dtype=dtype,
         template=template,
-        stop=tuple(stop or ()),
+        stop=tuple(question.valid(text, "--stop", notices) for text in stop or ()),
         offline=offline,
         revision=revision,
-        token=question.token(hf_token_file),
+        token=question.token(hf_token_file, notices),
         notices=notices,
         verbose=verbose,
-        began=began,
     )
     if asked is None:
+        if json or stream is False:
+            raise UsageError("--json and --no-stream need a prompt")
         from llamachat.terminal import repl
 
         repl.converse(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -27,5 +28,6 @@ Revision = Annotated[
     Text, option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 ]
 TokenFile = Annotated[
-    Text, option("--hf-token-file", metavar="FILE", help="File that holds the Hub token.")
+    Optional[Path],  # noqa: UP045
+    option("--hf-token-file", metavar="FILE", help="File that holds the Hub token."),
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -22,34 +21,36 @@ def pull(
     hf_token_file: TokenFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Download a model, verified; what is on disk is not fetched again."""
+    """Download and verify a model. What is on disk is not fetched again."""
     from llamachat.library.store import resolve
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.output import write
     from llamachat.terminal.progress import download_progress
     from llamachat.terminal.question import token
 
+    notices = Notices(quiet=quiet)
     with download_progress(quiet=quiet) as progress:
         located = resolve(
             model,
             revision=revision,
-            token=token(hf_token_file),
+            token=token(hf_token_file, notices),
             offline=offline,
             force=force,
-            notice=Notices(quiet=quiet),
+            notice=notices,
             progress=progress,
         )
-    sys.stdout.write(f"{located.path}\n")
+    write(f"{located.path}\n")
 
 
 def list_models(
     *,
-    every: Annotated[bool, option("--all", help="And what could be fetched.")] = False,
+    all: Annotated[bool, option("--all", help="And what could be fetched.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what is on disk."""
+    """List the models on disk."""
     from llamachat.terminal import tables
 
-    tables.show_models(every=every, json=json)
+    tables.show_models(every=all, json=json)
 
 
 def show(
@@ -62,7 +63,7 @@ def show(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a model's config, sizes, licence and files; or a conversation as its prompt."""
+    """Show a model's config, sizes, licence and files. Or a conversation as its prompt."""
     from llamachat.terminal import tables
 
     if render is not None:
@@ -76,8 +77,9 @@ def show(
 def where(model: Name) -> None:
     """Show where a model is on disk, and nothing else."""
     from llamachat.library.store import require
+    from llamachat.terminal.output import write
 
-    sys.stdout.write(f"{require(model).path}\n")
+    write(f"{require(model).path}\n")
 
 
 def remove(

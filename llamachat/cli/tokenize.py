@@ -13,12 +13,12 @@ def tokenize(
     model: Name,
     text: Annotated[
         Optional[str],  # noqa: UP045  # Typer reads it on Python 3.10
-        typer.Argument(metavar="[TEXT]", help="Default: stdin, byte for byte.", show_default=False),
+        typer.Argument(metavar="TEXT", help="Default: stdin, byte for byte.", show_default=False),
     ] = None,
     *,
     json: Json = False,
 ) -> None:
-    """Show the ids and pieces of a text: no BOS, special tokens not parsed."""
+    """Show the ids and pieces of a text. No BOS is added, special tokens are not parsed."""
     from llamachat.terminal import tokens
 
     tokens.show(model, text, json=json)

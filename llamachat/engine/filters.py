@@ -37,8 +37,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
         return logits
     probabilities = logits.softmax(-1)
     ordered = _descending_until(probabilities, p)
-    before = ordered.cumsum(-1) - ordered  # mass of what comes before each
-    kept = (before < p).sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+    kept = 1 + (ordered.cumsum(-1)[..., :-1] < p).sum(-1, keepdim=True)  # (B, 1)
     smallest = ordered.gather(-1, kept - 1)
     above, tied = probabilities > smallest, probabilities == smallest
     room = kept - above.sum(-1, keepdim=True)
@@ -70,10 +69,10 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _descending_until(probabilities: Tensor, mass: float) -> Tensor:
-    """Probabilities in falling order, at least as many as sum to `mass` (or all)."""
+    """Probabilities in falling order, at least as many as reach `mass` (or all)."""
     guess = min(NUCLEUS_GUESS, probabilities.shape[-1])
     if probabilities.is_cpu:  # looking costs nothing here; elsewhere it would stall the device
         largest = probabilities.topk(guess).values
-        if bool((largest.sum(-1) > mass).all()):
+        if bool((largest.cumsum(-1)[..., -1] >= mass).all()):
             return largest
     return probabilities.sort(-1, descending=True).values

@@ -13,6 +13,8 @@ def uniforms(key: tuple[int, int, int], steps: int, device: torch.device | str =
     Philox (Salmon et al. 2011) is counter-based: entry i is a function of the key and i only, so
     a longer table begins with a shorter one. Raw words are taken, since numpy keeps those stable.
     """
-    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(steps)
+    seed, *turn_and_attempt = key
+    sequence = np.random.SeedSequence(seed, spawn_key=turn_and_attempt)
+    words = np.random.Philox(sequence).random_raw(steps)
     fractions = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return torch.from_numpy(fractions).to(device)

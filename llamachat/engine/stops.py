@@ -42,6 +42,6 @@ class StopFilter:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins, if there is one."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    return min(found, default=None)
+    """Where the stop string begins that is complete first: what a stream meets, however split."""
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found)[1] if found else None

@@ -1,17 +1,16 @@
-"""Greedy and sampling: options that start the state of one reply."""
+"""Greedy and sampling: options that start the state of one reply. The options are torch-free."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from llamachat.engine import filters
 from llamachat.engine.decoding import Choice, Commit, Start
-from llamachat.engine.random import uniforms
 from llamachat.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,10 @@ class Sample:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
+            "temperature": (
+                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,  # float32 logits
+                "0, or 1e-6 or more",
+            ),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
@@ -75,6 +77,8 @@ class Sample:
 
     def filter(self, logits: Tensor) -> Tensor:
         """What is left to draw from: (B, V)."""
+        from llamachat.engine import filters
+
         logits = filters.temperature(logits, self.temperature)
         logits = filters.top_k(logits, self.top_k)
         logits = filters.top_p(logits, self.top_p)
@@ -113,10 +117,14 @@ class Sampled(Single):
     """One reply in one row, drawn."""
 
     def __init__(self, start: Start, options: Sample) -> None:
+        from llamachat.engine.random import uniforms
+
         super().__init__(start)
         self._options = options
         self._uniforms = uniforms(start.key, start.max_new_tokens, start.device)
 
     def choose(self, logits: Tensor, step: Tensor) -> Choice:
         """(B, V) float32 -> (B,)."""
+        from llamachat.engine import filters
+
         return Choice(filters.draw(self._options.filter(logits), self._uniforms[step]))

@@ -7,6 +7,7 @@ import traceback
 from dataclasses import dataclass
 
 from llamachat.errors import LlamachatError
+from llamachat.terminal.output import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +19,15 @@ class Notices:
     def __call__(self, message: str) -> None:
         """Say it."""
         if not self.quiet:
-            say(f"llamachat: {message}")
+            say(f"llamachat: {one_line(message)}")
 
 
-def say(line: str) -> None:
-    """One line on stderr, whatever its characters; a closed stderr is no failure."""
-    if sys.stderr is None:
-        return
+def say(text: str) -> None:
+    """Lines on stderr, whatever their characters; a closed stderr is no failure."""
     try:
         encoding = sys.stderr.encoding or "utf-8"
-        print(line.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)  # noqa: T201
+        line = shown(text).encode(encoding, "replace").decode(encoding)
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
     except (OSError, ValueError):
         pass
 
@@ -37,15 +37,15 @@ def show_failure(error: Exception, *, verbose: bool = False) -> None:
     if verbose:
         say("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, LlamachatError):
-        say(f"llamachat: {printable(error.message)}")
+        say(f"llamachat: {one_line(error.message)}")
         if error.hint:
-            say(f"  hint: {printable(error.hint)}")
+            say(f"  hint: {one_line(error.hint)}")
     else:
-        say(f"llamachat: unexpected {type(error).__name__}: {printable(str(error))}")
+        say(f"llamachat: unexpected {type(error).__name__}: {one_line(str(error))}")
         if not verbose:
             say("  hint: -v shows where; please report it with the output of `llamachat doctor`")
 
 
-def printable(text: str) -> str:
-    """The text on one line, control characters (a hostile file's escapes) spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def one_line(text: str) -> str:
+    """The text on one line, tabs and newlines spelled out."""
+    return text.replace("\n", "\\n").replace("\t", "\\t")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +12,7 @@ from llamachat.chat.session import ChatSession
 from llamachat.chat.templates import PlainTemplate
 from llamachat.errors import UsageError
 from llamachat.terminal.failure import Notices
+from llamachat.terminal.interrupts import left_at_once
 from llamachat.terminal.progress import download_progress, loading
 
 if TYPE_CHECKING:
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the user asked for, as flags say it. `began`: perf_counter at the start, in seconds."""
+    """What the user asked for, as flags say it."""
 
     model: str | None
     system: str | None
@@ -41,7 +38,6 @@ class Run:
     token: str | None
     notices: Notices
     verbose: bool
-    began: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +53,17 @@ def open_session(run: Run) -> Opened:
     """Load the model, and begin a conversation.
 
     Raises:
-        LlamachatError: see `load`; options that contradict each other are found before loading.
+        LlamachatError: see `load`; what is wrong with names and options is found before loading.
     """
     config = settings.defaults()
     layer = ("config file", {k: v for k, v in config.items() if k in BUILT_IN})
     Options(run.said, (layer,)).decoding()
     if run.template not in (None, "none"):
         raise UsageError(f"--template {run.template} is not known", hint="--template none")
+    _fetch(run)
     began = time.perf_counter()
-    with left_at_once():
-        import torch  # noqa: F401  # the longest part of starting
-
-        from llamachat.load import load
-    with download_progress(quiet=run.notices.quiet) as progress, loading(quiet=run.notices.quiet):
-        model = load(
-            run.model,
-            device=run.device,
-            dtype=run.dtype,
-            ctx_size=run.ctx_size,
-            threads=run.threads,
-            revision=run.revision,
-            token=run.token,
-            offline=run.offline,
-            notice=run.notices,
-            progress=progress,
-        )
+    model = _load(run)
+    load_s = time.perf_counter() - began
     if model.chat_template is None and run.template is None:
         run.notices(f"{model.name} has no chat template: it goes on writing where the prompt ends")
     session = ChatSession(
@@ -92,14 +74,43 @@ def open_session(run: Run) -> Opened:
         stop=run.stop,
         template=PlainTemplate() if run.template == "none" else None,
     )
-    return Opened(model, session, time.perf_counter() - began)
+    return Opened(model, session, load_s)
 
 
-@contextmanager
-def left_at_once() -> Iterator[None]:
-    """An interrupt inside ends the process: half-imported C extensions may swallow exceptions."""
-    previous = signal.signal(signal.SIGINT, lambda _number, _frame: os._exit(130))
+def _fetch(run: Run) -> None:
+    """See to it that the model is on disk, before the long import of torch."""
+    from llamachat.library.store import resolve
+
+    with download_progress(quiet=run.notices.quiet) as progress:
+        resolve(
+            run.model or settings.default_model(),
+            revision=run.revision,
+            token=run.token,
+            offline=run.offline,
+            notice=run.notices,
+            progress=progress,
+        )
+
+
+def _load(run: Run) -> Model:
+    said: list[str] = []
     try:
-        yield
+        with loading(quiet=run.notices.quiet):
+            with left_at_once():
+                import torch  # noqa: F401  # the longest part of starting
+
+                from llamachat.load import load
+            return load(
+                run.model,
+                device=run.device,
+                dtype=run.dtype,
+                ctx_size=run.ctx_size,
+                threads=run.threads,
+                revision=run.revision,
+                token=run.token,
+                offline=run.offline,
+                notice=said.append,
+            )
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for line in said:
+            run.notices(line)

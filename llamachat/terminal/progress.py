@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from llamachat import settings
+from llamachat.chat.events import Prefill
 from llamachat.terminal.failure import say
 
 PLAIN_EVERY_S = 5.0
+PATIENCE_S = 1.0  # of prefill before it shows progress
 MB = 1e6
 
 
+class Status:
+    """One line on stderr that is replaced and taken away again; nothing where nobody watches."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._watched = not quiet and on_terminal()
+        self._shown = False
+
+    def show(self, text: str) -> None:
+        """Replace what the line says."""
+        if self._watched:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write(f"\r\033[K{text[: max(0, width - 1)]}")
+            sys.stderr.flush()
+            self._shown = True
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+class PrefillProgress:
+    """How much of a prompt was read, once that has taken a while."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._began = time.monotonic()
+        self._status = Status(quiet=quiet)
+
+    def show(self, event: Prefill) -> None:
+        """Show the progress, or take it away where there is no more to come."""
+        elapsed = time.monotonic() - self._began
+        if event.done >= event.total:
+            self._status.clear()
+        elif event.done and elapsed >= PATIENCE_S:
+            rate = event.done / elapsed
+            left_s = (event.total - event.done) / rate
+            self._status.show(
+                f"reading {event.done:,} of {event.total:,} tokens, {rate:.0f} tok/s, "
+                f"{left_s:.0f} s left (Ctrl-C stops)"
+            )
+
+    def clear(self) -> None:
+        """Take it away."""
+        self._status.clear()
+
+
 def on_terminal() -> bool:
-    """Whether stderr is watched by a person."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether a person watches stderr, on a terminal that can replace a line."""
+    return sys.stderr.isatty() and not settings.terminal_is_dumb()
 
 
 @contextmanager
@@ -36,52 +88,50 @@ def download_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None] | N
 @contextmanager
 def loading(*, quiet: bool) -> Iterator[None]:
     """Say that a model is being loaded, on a terminal, and take it away again."""
-    if quiet or not on_terminal():
-        yield
-        return
-    sys.stderr.write("loading…")
-    sys.stderr.flush()
+    status = Status(quiet=quiet)
+    status.show("loading…")
     try:
         yield
     finally:
-        sys.stderr.write("\r\033[K")
-        sys.stderr.flush()
+        status.clear()
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
     """A rich bar that appears with the first byte and stays when it is full."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task("downloading", total=None, start=False)
+    bar = task = None
 
     def show(done: int, total: int) -> None:
-        if not bar.live.is_started:
-            sys.stderr.write("\r\033[K")
+        nonlocal bar, task
+        if bar is None:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            task = bar.add_task("downloading", total=None)
             bar.start()
-            bar.start_task(task)
+        assert task is not None
         bar.update(task, completed=done, total=total or None)
 
     try:
         yield show
     finally:
-        bar.stop()
+        if bar is not None:
+            bar.stop()
 
 
 def _plain_lines() -> Callable[[int, int], None]:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llamachat.errors import UsageError
+from llamachat.errors import TransferError, UsageError
 
 PATIENCE_S = 2.0
 Notice = Callable[[str], None]
@@ -24,7 +24,7 @@ def read(
     if argument is not None and option is not None:
         raise UsageError("the prompt was given twice: as PROMPT and with -p")
     prompt = argument if argument is not None else option
-    on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    on_terminal = sys.stdin.isatty()
     if prompt is None and not files and on_terminal:
         if sys.stdout.isatty():
             return None
@@ -33,26 +33,29 @@ def read(
         )
     wants_stdin = any(str(path) == "-" for path in files)
     piped = "" if on_terminal and not wants_stdin else _read_stdin(prompt is not None, notice)
-    fenced = [_fenced(path, piped) for path in files]
-    parts = [*fenced, "" if wants_stdin else piped, prompt or ""]
+    fenced = [_fenced(path, piped, notice) for path in files]
+    asked = valid(prompt or "", "the prompt", notice)
+    parts = [*fenced, "" if wants_stdin else piped, asked]
     question = "\n\n".join(part for part in parts if part)
     if not question.strip():
         raise UsageError("the prompt is empty", hint='llamachat chat "your question"')
     return question
 
 
-def system_message(text: str | None, path: Path | None) -> str | None:
+def system_message(text: str | None, path: Path | None, notice: Notice) -> str | None:
     """The system message from whichever was given.
 
     Raises:
-        UsageError: both were, or the file is not text.
+        UsageError: both were, or the file cannot be read.
     """
     if text is not None and path is not None:
         raise UsageError("--system and --system-file contradict each other")
-    return _read_file(path).strip() if path is not None else text
+    if path is not None:
+        return _read_file(path, notice).strip()
+    return None if text is None else valid(text, "--system", notice)
 
 
-def token(path: str | None) -> str | None:
+def token(path: Path | None, notice: Notice) -> str | None:
     """The Hub token in a file.
 
     Raises:
@@ -60,50 +63,55 @@ def token(path: str | None) -> str | None:
     """
     if path is None:
         return None
-    found = _read_file(Path(path)).strip()
+    found = _read_file(path, notice).strip()
     if not found:
         raise UsageError(f"{path}: holds no token")
     return found
 
 
+def valid(argument: str, name: str, notice: Notice) -> str:
+    """An argument as text: bytes that are not, which Python carries as surrogates, are replaced."""
+    return _decoded(argument.encode("utf-8", "surrogatepass"), name, notice)
+
+
 def _read_stdin(has_prompt: bool, notice: Notice) -> str:
     """Standard input to its end, decoded; a pipe that stays open is announced once."""
-    if sys.stdin is None:
-        return ""
     waiting = threading.Timer(
         PATIENCE_S, notice, ("stdin is a pipe that is still open; waiting for its end",)
     )
     waiting.daemon = True
-    if has_prompt:
+    if has_prompt and not sys.stdin.isatty():
         waiting.start()
     try:
         raw = sys.stdin.buffer.read()
-    except OSError:  # closed by whoever started us
-        raw = b""
+    except OSError as error:
+        raise TransferError(f"stdin: {error.strerror or error}") from error
     finally:
         waiting.cancel()
     return _decoded(raw, "stdin", notice).removesuffix("\n")
 
 
 def _decoded(raw: bytes, name: str, notice: Notice) -> str:
-    text = raw.decode("utf-8-sig", "replace")
-    if "\ufffd" in text and "\ufffd".encode() not in raw:
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
         notice(f"{name} is not all UTF-8; invalid bytes were replaced")
+        text = raw.decode("utf-8-sig", "replace")
     return text.replace("\r\n", "\n")
 
 
-def _fenced(path: Path, stdin: str) -> str:
-    text = stdin if str(path) == "-" else _read_file(path)
-    text = text.removesuffix("\n")
+def _fenced(path: Path, stdin: str, notice: Notice) -> str:
+    name, text = ("stdin", stdin) if str(path) == "-" else (path.name, _read_file(path, notice))
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}{'stdin' if str(path) == '-' else path.name}\n{text}\n{fence}"
+    newline = "" if text.endswith("\n") else "\n"
+    return f"{fence}{name}\n{text}{newline}{fence}"
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path, notice: Notice) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        return _decoded(path.expanduser().read_bytes(), str(path), notice)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{path}: {reason}") from error

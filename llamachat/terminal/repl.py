@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from prompt_toolkit import PromptSession
 
-from llamachat.chat.commands import Answer, Conversation, Leave, Say, interpret, statistics
+from llamachat.chat.commands import Conversation, Leave, Say, interpret, statistics
 from llamachat.chat.events import Done, Event
 from llamachat.errors import LlamachatError
 from llamachat.terminal.failure import say, show_failure
+from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session
 from llamachat.terminal.prompt import new_prompt
 from llamachat.terminal.stream import ReplyView
@@ -19,20 +20,24 @@ HOW_TO_LEAVE = "Ctrl-D or /exit leaves."
 
 def converse(run: Run) -> None:
     """Load the model and talk until the user leaves."""
-    opened = open_session(run)
+    talk(open_session(run), run)
+
+
+def talk(opened: Opened, run: Run) -> None:
+    """Read lines and answer them until the user leaves."""
     conversation = Conversation(opened.session, title(opened))
     if not run.notices.quiet:
         say(f"{conversation.title}\n/help lists commands, Ctrl-C stops a reply, Ctrl-D leaves.")
     prompt = new_prompt(lambda: toolbar(conversation), run.notices)
     while (line := _read(prompt)) is not None:
-        if not line.strip():
-            continue
         try:
-            if _perform(line, conversation, run):
+            if line.strip() and _perform(line, conversation, run):
                 break
             conversation.used_tokens = len(opened.session.prompt_ids)
         except LlamachatError as error:
             show_failure(error, verbose=run.verbose)
+        except KeyboardInterrupt:  # while a prompt was being written, not yet answered
+            say("[interrupted]")
 
 
 def title(opened: Opened) -> str:
@@ -48,8 +53,9 @@ def title(opened: Opened) -> str:
 def toolbar(conversation: Conversation) -> str:
     """Context used, speed of the last reply, and how it decodes."""
     session, done = conversation.session, conversation.last
-    parts = [f"ctx {conversation.used_tokens:,}/{session.model.engine.ctx_size:,}"]
-    if done is not None and done.timings.decode_s > 0:
+    used, size = conversation.used_tokens, session.model.engine.ctx_size
+    parts = [f"ctx {used:,}/{size:,}".replace(",", " ")]
+    if done is not None and done.timings.decode_s > 0 and len(done.token_ids) > 1:
         parts.append(f"{(len(done.token_ids) - 1) / done.timings.decode_s:.1f} tok/s")
     values = {name: value for name, (value, _) in session.options.values().items()}
     if values["temperature"] == 0:
@@ -70,8 +76,7 @@ def _read(prompt: PromptSession[str]) -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
-            if not prompt.default_buffer.text:
-                say(HOW_TO_LEAVE)
+            say(HOW_TO_LEAVE)
 
 
 def _perform(line: str, conversation: Conversation, run: Run) -> bool:
@@ -81,23 +86,19 @@ def _perform(line: str, conversation: Conversation, run: Run) -> bool:
         return True
     if isinstance(effect, Say):
         say(effect.text)
-    elif isinstance(effect, Answer):
-        _stream(effect.events, conversation, run)
+    else:
+        conversation.last = _stream(effect.events) or conversation.last
+        if run.verbose and conversation.last is not None:
+            say(statistics(conversation.last))
     return False
 
 
-def _stream(events: Iterator[Event], conversation: Conversation, run: Run) -> None:
+def _stream(reply: Generator[Event, None, None]) -> Done | None:
     """Show a reply as it comes. Ctrl-C stops it; what was said stays in the conversation."""
-    view = ReplyView()
-    try:
-        for event in events:
+    done = None
+    with ReplyView() as view:
+        for event in interruptible(reply):
             view.show(event)
             if isinstance(event, Done):
-                conversation.last = event
-    except KeyboardInterrupt:  # it hit the showing, not the computing: tell the session
-        events.close()  # type: ignore[attr-defined]
-        view.interrupted()
-    finally:
-        view.close()
-    if run.verbose and conversation.last is not None:
-        say(statistics(conversation.last))
+                done = event
+    return done

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from llamachat.chat.commands import statistics
 from llamachat.chat.events import Done, Event, Prefill, Text, Trimmed
-from llamachat.errors import LlamachatError
 from llamachat.terminal.failure import say
+from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session
+from llamachat.terminal.output import Lines, write
+from llamachat.terminal.progress import PrefillProgress
 from llamachat.terminal.stream import trimmed_notice
 
 
@@ -28,17 +29,18 @@ def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
     Raises:
         KeyboardInterrupt: the reply was interrupted; what there was of it is written.
     """
-    _prepare_stdout()
     if json and stream:
         done = _stream_events(question, run)
     else:
         opened = open_session(run)
-        events = opened.session.send(question)
+        events = interruptible(opened.session.send(question))
         if json:
-            done = _last(events)
-            _write(jsonlib.dumps(report(done, opened), ensure_ascii=False) + "\n")
+            *_, last = events
+            assert isinstance(last, Done)
+            done = last
+            write(_json(report(done, opened)))
         else:
-            done = _stream_text(events, run, together=stream is False)
+            done = _write_text(events, run, together=stream is False)
     if run.verbose:
         say(f"llamachat: {statistics(done)}")
     if done.finish_reason == "interrupted":
@@ -72,46 +74,46 @@ def report(done: Done, opened: Opened) -> dict[str, Any]:
     }
 
 
-def _stream_text(events: Iterator[Event], run: Run, *, together: bool) -> Done:
+def _write_text(events: Iterator[Event], run: Run, *, together: bool) -> Done:
     """Write text as it comes, or together at the end; exactly one final newline."""
-    ends_line = True
-    for event in events:
-        if isinstance(event, Text) and not together:
-            _write(event.text)
-            ends_line = event.text.endswith("\n")
-        elif isinstance(event, Trimmed):
-            run.notices(trimmed_notice(event))
-        elif isinstance(event, Done):
-            if together:
-                _write(event.text)
-                ends_line = event.text.endswith("\n")
-            _write("" if ends_line else "\n")
-            return event
-    raise AssertionError("a reply ends with Done")
+    done, lines, progress = None, Lines(), PrefillProgress(quiet=run.notices.quiet)
+    try:
+        for event in events:
+            if isinstance(event, Prefill):
+                progress.show(event)
+            elif isinstance(event, Text) and not together:
+                lines.write(event.text)
+            elif isinstance(event, Trimmed):
+                run.notices(trimmed_notice(event))
+            elif isinstance(event, Done):
+                done = event
+                lines.write(event.text if together else "")
+    finally:
+        progress.clear()
+        lines.end(complete=done is not None and done.finish_reason != "interrupted")
+    assert done is not None, "a reply ends with Done"
+    return done
 
 
 def _stream_events(question: str, run: Run) -> Done:
     """One JSON object a line: start, prefill, token, done; or error."""
+    done = None
     try:
         opened = open_session(run)
         _write_event("start", model=opened.model.name, revision=opened.model.located.revision)
-        for event in opened.session.send(question):
+        for event in interruptible(opened.session.send(question)):
             if isinstance(event, Prefill):
                 _write_event("prefill", **asdict(event))
             elif isinstance(event, Text):
                 _write_event("token", text=event.text)
             elif isinstance(event, Done):
-                _write_event("done", **report(event, opened))
-                return event
-    except LlamachatError as error:
-        _write_event("error", message=error.message, exit_code=error.exit_code)
+                done = event
+                _write_event("done", **report(done, opened))
+    except Exception as error:
+        exit_code, hint = getattr(error, "exit_code", 1), getattr(error, "hint", None)
+        _write_event("error", message=str(error), hint=hint, exit_code=exit_code)
         raise
-    raise AssertionError("a reply ends with Done")
-
-
-def _last(events: Iterator[Event]) -> Done:
-    *_, done = events
-    assert isinstance(done, Done)
+    assert done is not None, "a reply ends with Done"
     return done
 
 
@@ -120,17 +122,8 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 def _write_event(kind: str, **values: Any) -> None:
-    _write(jsonlib.dumps({"event": kind, **values}, ensure_ascii=False) + "\n")
+    write(_json({"event": kind, **values}))
 
 
-def _write(text: str) -> None:
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _prepare_stdout() -> None:
-    """UTF-8 wherever the text goes to a file or a pipe, and nowhere a crash for a character."""
-    if hasattr(sys.stdout, "reconfigure"):
-        encoding = None if sys.stdout.isatty() else "utf-8"
-        sys.stdout.reconfigure(encoding=encoding, errors="replace")
+def _json(value: Any) -> str:
+    return jsonlib.dumps(value, ensure_ascii=False) + "\n"

@@ -16,6 +16,7 @@ from llamachat.library.catalog import CATALOG
 from llamachat.library.store import Installed, installed, require
 from llamachat.library.store import remove as delete
 from llamachat.terminal.failure import say
+from llamachat.terminal.output import write
 
 MB = 1e6
 
@@ -74,7 +75,7 @@ def show_template(name: str, *, json: bool) -> None:
     elif template is None:
         raise ModelNotFoundError(f"{name} has no chat template")
     else:
-        _write(template.removesuffix("\n") + "\n")
+        write(template.removesuffix("\n") + "\n")
 
 
 def show_rendered(name: str, path: Path, *, json: bool) -> None:
@@ -88,7 +89,7 @@ def show_rendered(name: str, path: Path, *, json: bool) -> None:
     if json:
         _write_json({"text": text, "ids": encode(segments, tokenizer)})
     else:
-        _write(text)
+        write(text)
 
 
 def remove(names: Sequence[str], *, yes: bool) -> None:
@@ -99,7 +100,7 @@ def remove(names: Sequence[str], *, yes: bool) -> None:
     """
     found = [require(name) for name in names]
     if not yes:
-        if not (sys.stdin and sys.stdin.isatty()):
+        if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and stdin is no terminal", hint="--yes")
         say(f"delete {', '.join(str(located.path) for located in found)}? [y/N]")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -157,14 +158,8 @@ def _write_columns(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        _write("  ".join([*cells, row[-1]]).rstrip() + "\n")
+        write("  ".join([*cells, row[-1]]).rstrip() + "\n")
 
 
 def _write_json(value: Any) -> None:
-    _write(jsonlib.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def _write(text: str) -> None:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    sys.stdout.write(text)
+    write(jsonlib.dumps(value, ensure_ascii=False, indent=2) + "\n")

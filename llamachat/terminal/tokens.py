@@ -8,6 +8,7 @@ import sys
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import UsageError
 from llamachat.library.store import require
+from llamachat.terminal.output import write
 
 
 def show(model: str, text: str | None, *, json: bool) -> None:
@@ -23,12 +24,11 @@ def show(model: str, text: str | None, *, json: bool) -> None:
         lines = [jsonlib.dumps({"ids": ids, "pieces": pieces}, ensure_ascii=False)]
     else:
         lines = [f"{token}\t{piece!r}" for token, piece in zip(ids, pieces, strict=True)]
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    write("".join(f"{line}\n" for line in lines))
 
 
 def _stdin() -> str:
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin.isatty():
         raise UsageError("no text", hint='llamachat tokenize MODEL "text", or pipe it in')
     try:
         return sys.stdin.buffer.read().decode("utf-8")

@@ -1,0 +1,58 @@
+"""Ctrl-C: where it lands, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from llamachat.chat.events import Event
+
+
+@contextmanager
+def left_at_once() -> Iterator[None]:
+    """A signal inside ends the process: half-imported C extensions may swallow exceptions."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, _leave) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def interruptible(reply: Generator[Event, None, None]) -> Iterator[Event]:
+    """The events of a reply, to its end; Ctrl-C makes that come early.
+
+    It is raised where the reply is being computed; if it comes while an event is shown, then with
+    the next one. Either way the reply still yields its last text and `Done`.
+    """
+    pending = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pending
+        if inspect.getgeneratorstate(reply) == inspect.GEN_RUNNING:
+            raise KeyboardInterrupt
+        pending = True
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        event = next(reply)
+        while True:
+            yield event
+            if pending:
+                pending = False
+                event = reply.throw(KeyboardInterrupt())
+            else:
+                event = next(reply)
+    except StopIteration:
+        return
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)

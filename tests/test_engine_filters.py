@@ -1,0 +1,196 @@
+"""Filters against worked numbers and against the logits processors of transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llamachat.engine import filters
+from llamachat.engine.random import uniforms
+from llamachat.engine.strategies import Sample
+
+D1 = [0.5, 0.4, 0.05, 0.025, 0.025]
+D2 = [0.9, 0.05, 0.025, 0.020, 0.005]
+SCORED = torch.tensor([[0.0, -0.5, 1.9]])
+
+
+def left(probabilities: list[float], keep: Callable[[Tensor], Tensor]) -> list[float]:
+    """The probabilities of what a filter keeps."""
+    found: list[float] = keep(torch.tensor([probabilities]).log()).softmax(-1)[0].tolist()
+    return [p for p in found if p > 0]
+
+
+def random_logits(seed: int, *, ties: bool = False) -> Tensor:
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(seed)) * 3
+    return (logits * 2).round() / 2 if ties else logits
+
+
+@pytest.mark.parametrize(
+    ("value", "percent"),
+    [
+        (1, [12.059198, 7.314274, 80.626528]),
+        (0.5, [2.170654, 0.798539, 97.030807]),
+        (2, [22.912077, 17.843944, 59.243979]),
+    ],
+)
+def test_temperature_gives_the_worked_numbers(value: float, percent: list[float]) -> None:
+    found = 100 * filters.temperature(SCORED, value).softmax(-1)[0]
+    assert found.tolist() == pytest.approx(percent, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "expected"), [(D1, [0.555556, 0.444444]), (D2, [0.947368, 0.052632])]
+)
+def test_top_k_keeps_the_k_largest(distribution: list[float], expected: list[float]) -> None:
+    found = left(distribution, lambda logits: filters.top_k(logits, 2))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("p", "first", "second"), [(0.92, 3, 2), (0.6, 2, 1), (0.97, 4, 3), (0.45, 1, 1)]
+)
+def test_top_p_keeps_the_fewest_that_reach_p(p: float, first: int, second: int) -> None:
+    assert len(left(D1, lambda logits: filters.top_p(logits, p))) == first
+    assert len(left(D2, lambda logits: filters.top_p(logits, p))) == second
+
+
+@pytest.mark.parametrize(
+    ("distribution", "expected"),
+    [(D1, [0.526316, 0.421053, 0.052632]), (D2, [0.947368, 0.052632])],
+)
+def test_top_p_leaves_renormalized_probabilities(
+    distribution: list[float], expected: list[float]
+) -> None:
+    found = left(distribution, lambda logits: filters.top_p(logits, 0.92))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("value", "first", "second"), [(0.04, 5, 2), (0.08, 3, 1), (0.2, 2, 1)])
+def test_min_p_keeps_what_is_near_enough_to_the_best(value: float, first: int, second: int) -> None:
+    assert len(left(D1, lambda logits: filters.min_p(logits, value))) == first
+    assert len(left(D2, lambda logits: filters.min_p(logits, value))) == second
+
+
+def test_temperature_comes_before_top_p() -> None:
+    """With top-p first three would stay, at .452355, .404598 and .143047."""
+    found = left(D1, Sample(temperature=2, top_p=0.92).filter)
+    assert found == pytest.approx([0.376241, 0.336520, 0.118978, 0.084130, 0.084130], abs=1e-6)
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda x: filters.temperature(x, 0.7), TemperatureLogitsWarper(0.7)),
+        (lambda x: filters.top_k(x, 40), TopKLogitsWarper(40)),
+        (lambda x: filters.top_p(x, 0.3), TopPLogitsWarper(0.3)),
+        (lambda x: filters.top_p(x, 0.9), TopPLogitsWarper(0.9)),
+        (lambda x: filters.top_p(x, 0.999), TopPLogitsWarper(0.999)),
+        (lambda x: filters.min_p(x, 0.07), MinPLogitsWarper(0.07)),
+    ],
+    ids=["temperature", "top-k", "top-p .3", "top-p .9", "top-p .999", "min-p"],
+)
+def test_a_filter_keeps_what_that_of_transformers_keeps(
+    ours: Callable[[Tensor], Tensor], theirs: Callable[..., Tensor], seed: int, ties: bool
+) -> None:
+    """Of tokens that tie at the edge of the nucleus, which ones stay may differ, not how many."""
+    logits = random_logits(seed, ties=ties)
+    found, expected = ours(logits), theirs(torch.empty(4, 0, dtype=torch.long), logits)
+    if ties:
+        found, expected = found.sort(-1).values, expected.sort(-1).values
+    assert torch.equal(found, expected)
+
+
+def test_filters_in_a_row_are_the_chain_of_transformers() -> None:
+    logits = random_logits(5)
+    expected = logits
+    for warp in (
+        TemperatureLogitsWarper(1.3), TopKLogitsWarper(50), TopPLogitsWarper(0.8),
+        MinPLogitsWarper(0.1),
+    ):  # fmt: skip
+        expected = warp(torch.empty(4, 0, dtype=torch.long), expected)
+    options = Sample(temperature=1.3, top_k=50, top_p=0.8, min_p=0.1)
+    assert torch.equal(options.filter(logits), expected)
+
+
+def test_off_values_change_nothing() -> None:
+    logits = random_logits(0)
+    assert torch.equal(Sample(temperature=1, top_k=0, top_p=1, min_p=0).filter(logits), logits)
+
+
+def test_ties_at_the_edge_of_the_nucleus_stay_by_lower_id() -> None:
+    kept = filters.top_p(torch.zeros(1, 8), 0.3)[0].isfinite()
+    assert kept.tolist() == [True] * 3 + [False] * 5
+
+
+def test_rows_are_filtered_each_by_itself() -> None:
+    logits = torch.tensor([D1, D2]).log()
+    kept = filters.top_p(logits, 0.6).isfinite().sum(-1)
+    assert kept.tolist() == [2, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 1e-3, 0.1, 1.0, 5.0, 20.0]),
+    st.floats(0.01, 0.999),
+    st.integers(300, 2000),
+)
+def test_the_nucleus_is_the_same_with_and_without_sorting_a_whole_vocabulary(
+    seed: int, spread: float, p: float, n: int
+) -> None:
+    logits = torch.randn(2, n, generator=torch.Generator().manual_seed(seed)) * spread
+    short_cut = filters.top_p(logits, p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filters, "NUCLEUS_GUESS", n)
+        whole = filters.top_p(logits, p)
+    assert torch.equal(short_cut, whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.999), st.floats(0.1, 10))
+def test_a_nucleus_reaches_p_and_would_not_without_its_least_token(
+    seed: int, p: float, spread: float
+) -> None:
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(seed)) * spread
+    kept = filters.top_p(logits, p).isfinite()
+    mass = logits.double().softmax(-1)[kept]
+    assert mass.sum() >= p - 1e-6
+    assert mass.sum() - mass.min() < p + 1e-6
+
+
+def test_draws_are_distributed_as_softmax_says() -> None:
+    n = 20_000
+    logits = filters.top_k(torch.randn(1, 12, generator=torch.Generator().manual_seed(0)), 10)
+    drawn = filters.draw(logits.expand(n, 12), uniforms((1, 2, 3), n))
+    expected = n * logits.double().softmax(-1)[0]
+    counts = torch.bincount(drawn, minlength=12).double()
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < 27.9  # 9 degrees: 0.1 % above
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_least_and_the_greatest_draw_take_a_token_that_is_left(uniform: float) -> None:
+    logits = torch.tensor([[-math.inf, 0.3, 1.0, -math.inf, 2.0, -math.inf]])
+    drawn = filters.draw(logits, torch.tensor(uniform, dtype=torch.float64))
+    assert drawn.tolist() == [1 if uniform == 0 else 4]
+
+
+def test_a_draw_takes_the_first_id_whose_cumulative_probability_passes_it() -> None:
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(4, 3)
+    below_and_above = torch.tensor([0.1999, 0.2001, 0.6999, 0.7001], dtype=torch.float64)
+    assert filters.draw(logits, below_and_above).tolist() == [0, 1, 1, 2]
