@@ -74,6 +74,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., int]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             return 130
+        except SystemExit as terminated:
+            return int(terminated.code or 0)
         except Exception as error:  # noqa: BLE001  # nothing may escape
             return _failed(error, verbose=bool(kwargs.get("verbose")))
         return 0
