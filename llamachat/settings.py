@@ -54,7 +54,7 @@ def config() -> Mapping[str, Any]:
     from tomlkit.exceptions import TOMLKitError
 
     try:
-        return tomlkit.parse(content).unwrap()
+        return tomlkit.parse(content.decode("utf-8-sig")).unwrap()
     except (TOMLKitError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}", hint="mend or remove the file") from error
 

@@ -136,6 +136,11 @@ def test_ties_at_the_edge_of_the_nucleus_stay_by_lower_id() -> None:
     assert kept.tolist() == [True] * 3 + [False] * 5
 
 
+@pytest.mark.parametrize(("p", "n_kept"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_a_nucleus_that_reaches_p_exactly_is_large_enough(p: float, n_kept: int) -> None:
+    assert filters.top_p(torch.zeros(1, 4), p).isfinite().sum() == n_kept
+
+
 def test_rows_are_filtered_each_by_itself() -> None:
     logits = torch.tensor([D1, D2]).log()
     kept = filters.top_p(logits, 0.6).isfinite().sum(-1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamachat.engine import engine as engine_module
-from llamachat.engine import rows as rows_module
+from llamachat.engine import rows
 from llamachat.engine.engine import Engine
 from llamachat.engine.events import Done, EngineEvent, Prefill, Token
 from llamachat.engine.strategies import Greedy, Sample
@@ -251,13 +252,14 @@ def test_an_interrupt_inside_a_pass_leaves_an_engine_that_answers_as_a_cold_one(
     assert [reply(engine, PROMPT), reply(engine, OTHER)] == expected
 
 
-def interrupted_at_line(n: int, act: Callable[[], object]) -> Iterator[bool]:
-    """Run `act` with a KeyboardInterrupt before the n-th line of the engine's own modules."""
-    files, count = {engine_module.__file__, rows_module.__file__}, 0
+@contextmanager
+def interrupt_before_line(n: int, file: str | None) -> Iterator[None]:
+    """Raises KeyboardInterrupt before the n-th line of `file` that is run inside."""
+    count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal count
-        if frame.f_code.co_filename not in files:
+        if frame.f_code.co_filename != file:
             return None
         count += event == "line"
         if count == n:
@@ -268,22 +270,25 @@ def interrupted_at_line(n: int, act: Callable[[], object]) -> Iterator[bool]:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        act()
-        yield False
-    except KeyboardInterrupt:
-        yield True
+        yield
     finally:
         sys.settrace(before)
 
 
-@pytest.mark.parametrize("line", random.Random(1).sample(range(1, 500), 30))
-def test_an_interrupt_between_any_two_lines_leaves_an_engine_that_answers_as_a_cold_one(
-    decoder: Decoder, expected: list[list[int]], line: int
+LINES = [
+    *((rows, n) for n in range(1, 61)),  # a truncation, an append
+    *((engine_module, n) for n in random.Random(1).sample(range(1, 150), 15)),
+]
+
+
+@pytest.mark.parametrize(("module", "line"), LINES)
+def test_an_interrupt_before_any_line_leaves_an_engine_that_answers_as_a_cold_one(
+    decoder: Decoder, expected: list[list[int]], module: ModuleType, line: int
 ) -> None:
     engine = Engine(decoder, ctx_size=48, chunk=3)
     reply(engine, PROMPT, max_new_tokens=2)
-    (was_interrupted,) = interrupted_at_line(line, lambda: reply(engine, OTHER))
-    assert was_interrupted
+    with pytest.raises(KeyboardInterrupt), interrupt_before_line(line, module.__file__):
+        reply(engine, OTHER, max_new_tokens=4)
     assert [reply(engine, PROMPT), reply(engine, OTHER)] == expected
 
 

@@ -116,6 +116,11 @@ def test_a_config_file_that_is_not_toml_is_refused_by_name(tmp_path: Path, conte
         settings.config()
 
 
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    write_config(tmp_path, b"\xef\xbb\xbfa = 1")
+    assert settings.config() == {"a": 1}
+
+
 def test_defaults_that_are_no_table_are_refused(tmp_path: Path) -> None:
     write_config(tmp_path, b"defaults = 3")
     with pytest.raises(UsageError, match="'defaults' is not a table"):

@@ -242,6 +242,6 @@ COMMANDS: dict[str, Command] = {
     "regen": Command("/regen [seed N]", "answer the last question anew", _regen),
     "undo": Command("/undo [N]", "take back the last N turns", _undo),
     "system": Command("/system [TEXT|@FILE]", "show or set the system message", _system),
-    "set": Command("/set KEY VALUE", f"{', '.join(SETTINGS)}; 'default' takes a value back", _set),
+    "set": Command("/set KEY VALUE", "change an option; the value 'default' takes it back", _set),
     "show": Command("/show WHAT", ", ".join(VIEWS), _show),
 }

@@ -39,12 +39,11 @@ def fit(
     System messages and the last turn always stay; a prompt that is still too long is returned as
     it is. Turns that were `forgotten` before stay so.
     """
-    system = [m for m in messages if m.role == "system"]
     turns = turns_of(messages)
     forgotten = max(0, min(forgotten, len(turns) - 1))
 
     def encoded() -> list[int]:
-        return encode([*system, *(m for turn in turns[forgotten:] for m in turn)])
+        return encode(without_oldest(messages, forgotten))
 
     ids = encoded()
     first_length = len(ids)
@@ -55,6 +54,12 @@ def fit(
             forgotten += 1
             ids = encoded()
     return Fitted(ids, forgotten, first_length - len(ids))
+
+
+def without_oldest(messages: Sequence[Message], n: int) -> list[Message]:
+    """A conversation without its n oldest turns; system messages stay."""
+    system = [message for message in messages if message.role == "system"]
+    return [*system, *(message for turn in turns_of(messages)[n:] for message in turn)]
 
 
 def turns_of(messages: Sequence[Message]) -> list[list[Message]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -62,7 +63,7 @@ class Sandbox:
         if len(source) > MAX_SOURCE_CHARS:
             raise _damaged(f"{len(source):,} characters, expected at most {MAX_SOURCE_CHARS:,}")
         if self._worker is None:
-            self._worker = _Worker(self._memory_limit_bytes)
+            self._worker = _Worker(self._memory_limit_bytes, self._time_limit_s)
             self._ask("", {}, _START_LIMIT_S)  # the start is not the template's time
         answer = self._ask(source, variables, self._time_limit_s)
         if "refused" in answer:
@@ -105,10 +106,11 @@ class Sandbox:
 class _Worker:
     """One process, asked one thing at a time."""
 
-    def __init__(self, memory_limit_bytes: int) -> None:
+    def __init__(self, memory_limit_bytes: int, time_limit_s: float) -> None:
         self._memory_limit_bytes = memory_limit_bytes
+        own_limits = (str(memory_limit_bytes), str(math.ceil(time_limit_s) + 1))
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER), str(memory_limit_bytes), *_jinja_folders()],
+            [sys.executable, "-I", str(_WORKER), *own_limits, *_jinja_folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """The process that renders chat templates: a script run with `python -I`, never imported.
 
-Usage: sandbox_worker.py MEMORY_LIMIT_BYTES FOLDER...
+Usage: sandbox_worker.py MEMORY_LIMIT_BYTES TIME_LIMIT_S FOLDER...
 Each line of stdin is {"source", "variables", "max_chars"}; each is answered by one line on stdout:
 {"text"}, {"refused"} (the template called raise_exception) or {"failed"} (anything else).
 """
@@ -8,13 +8,14 @@ Each line of stdin is {"source", "variables", "max_chars"}; each is answered by 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-sys.path += sys.argv[2:]  # -I switches the user's own site off, and jinja2 may be installed there
+sys.path += sys.argv[3:]  # -I switches the user's own site off, and jinja2 may be installed there
 
 import jinja2
 import jinja2.sandbox
@@ -42,7 +43,9 @@ def main() -> None:
     """Answer requests until stdin ends."""
     limit_memory(int(sys.argv[1]))
     for line in sys.stdin.buffer:
+        limit_time(int(sys.argv[2]))
         answer = json.dumps(respond(json.loads(line)))
+        limit_time(0)
         sys.stdout.buffer.write(answer.encode("ascii") + b"\n")
         sys.stdout.buffer.flush()
 
@@ -55,6 +58,12 @@ def limit_memory(limit_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     except (ImportError, ValueError, OSError):  # Windows; macOS, where the parent watches alone
         return
+
+
+def limit_time(limit_s: int) -> None:
+    """Let the system end this process then, if whoever would do so has died; 0: no longer."""
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.alarm(limit_s)
 
 
 def respond(request: Mapping[str, Any]) -> dict[str, str]:

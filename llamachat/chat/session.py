@@ -12,10 +12,18 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llamachat.chat.context import Fitted, fit, turns_of
+from llamachat.chat.context import Fitted, fit, turns_of, without_oldest
 from llamachat.chat.events import Done, Event, FinishReason, Prefill, Text, Timings, Trimmed
 from llamachat.chat.options import Options, Said
-from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, Template, encode, render
+from llamachat.chat.templates import (
+    JinjaTemplate,
+    Message,
+    PlainTemplate,
+    Segment,
+    Template,
+    encode,
+    render,
+)
 from llamachat.engine import events as engine_events
 from llamachat.engine.stops import StopFilter, first_stop
 from llamachat.errors import UsageError
@@ -126,13 +134,13 @@ class ChatSession:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The whole conversation as it would be run now."""
-        return encode(self.template.segments(self._messages), self.model.tokenizer)
+        """The conversation as it would be run now, without what the context had no room for."""
+        return encode(self._segments, self.model.tokenizer)
 
     @property
     def prompt_text(self) -> str:
         """The same, spelled out."""
-        return render(self.template.segments(self._messages), self.model.tokenizer)
+        return render(self._segments, self.model.tokenizer)
 
     def send(self, text: str) -> Generator[Event, None, None]:
         """Ask, and stream the answer.
@@ -239,6 +247,10 @@ class ChatSession:
         if not asked:
             raise UsageError("there is no question to answer again")
         return asked[-1]
+
+    @property
+    def _segments(self) -> list[Segment]:
+        return self.template.segments(without_oldest(self._messages, self._forgotten))
 
     @property
     def _has_system(self) -> bool:

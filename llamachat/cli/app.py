@@ -56,6 +56,8 @@ def run() -> int:
         sys.stdout.flush()
     except OSError as error:  # help or version: what a command raises does not come here
         return _failed(output.lost(error))
+    except SystemExit:  # what Typer makes of a closed pipe
+        return 0
     except Exception as error:  # noqa: BLE001  # nothing may escape
         return _failed(_misused(error))
     finally:

@@ -55,8 +55,7 @@ def open_session(run: Run) -> Opened:
     Raises:
         LlamachatError: see `load`; what is wrong with names and options is found before loading.
     """
-    config = settings.defaults()
-    layer = ("config file", {k: v for k, v in config.items() if k in BUILT_IN})
+    layer = ("config file", _configured())
     Options(run.said, (layer,)).decoding()
     if run.template not in (None, "none"):
         raise UsageError(f"--template {run.template} is not known", hint="--template none")
@@ -75,6 +74,15 @@ def open_session(run: Run) -> Opened:
         template=PlainTemplate() if run.template == "none" else None,
     )
     return Opened(model, session, load_s)
+
+
+def _configured() -> dict[str, float]:
+    """The sampling values of the config file."""
+    values = {k: v for k, v in settings.defaults().items() if k in BUILT_IN}
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UsageError(f"{settings.config_path()}: {name} is {value!r}, expected a number")
+    return values
 
 
 def _fetch(run: Run) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -75,6 +75,14 @@ def _keys() -> KeyBindings:
         else:
             event.current_buffer.validate_and_handle()
 
+    @keys.add("c-c")
+    @keys.add("<sigint>")
+    def _clear(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
     @keys.add("escape", "enter")
     @keys.add("c-j")
     def _new_line(event: KeyPressEvent) -> None:
@@ -84,7 +92,7 @@ def _keys() -> KeyBindings:
 
 
 class _Commands(Completer):
-    """Commands, and the keys and views that two of them take."""
+    """Commands, the keys and views that some of them take, and paths after @."""
 
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
@@ -94,10 +102,12 @@ class _Commands(Completer):
         if not line.startswith("/") or "\n" in line:
             return
         name, space, word = line[1:].partition(" ")
-        if not space:
-            choices, word = tuple(COMMANDS), name
-        else:
-            choices = ARGUMENTS.get(name, ())
+        if name == "system" and word.startswith("@"):
+            path = Document(word[1:])
+            yield from PathCompleter(expanduser=True).get_completions(path, complete_event)
+            return
+        choices = ARGUMENTS.get(name, ()) if space else tuple(COMMANDS)
+        typed = word if space else name
         for choice in choices:
-            if choice.startswith(word):
-                yield Completion(choice, start_position=-len(word))
+            if choice.startswith(typed):
+                yield Completion(choice, start_position=-len(typed))

@@ -20,11 +20,7 @@ HOW_TO_LEAVE = "Ctrl-D or /exit leaves."
 
 def converse(run: Run) -> None:
     """Load the model and talk until the user leaves."""
-    talk(open_session(run), run)
-
-
-def talk(opened: Opened, run: Run) -> None:
-    """Read lines and answer them until the user leaves."""
+    opened = open_session(run)
     conversation = Conversation(opened.session, title(opened))
     if not run.notices.quiet:
         say(f"{conversation.title}\n/help lists commands, Ctrl-C stops a reply, Ctrl-D leaves.")
@@ -44,8 +40,8 @@ def title(opened: Opened) -> str:
     """One line about the model."""
     model = opened.model
     return (
-        f"{model.name} · {model.config.n_params / 1e6:,.0f}M parameters · {model.dtype} on "
-        f"{model.threads} CPU thread(s) · context {model.engine.ctx_size:,} · "
+        f"{model.name} · {model.config.n_params / 1e6:,.0f}M parameters · {model.dtype} · "
+        f"{model.threads} thread{'s' * (model.threads > 1)} · context {model.engine.ctx_size:,} · "
         f"loaded in {opened.load_s:.1f} s"
     )
 

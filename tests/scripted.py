@@ -1,0 +1,164 @@
+"""A model without weights for tests of the terminal: it repeats the question, or what that asks.
+
+Run as a program it is `llamachat` itself, but for the model: it starts without torch.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+from llamachat.__main__ import main
+from llamachat.chat.options import Options
+from llamachat.chat.session import ChatSession
+from llamachat.chat.templates import JinjaTemplate
+from llamachat.engine.events import Done, EngineEvent, Prefill, Token
+from llamachat.errors import PromptTooLongError
+from llamachat.terminal import opening
+from llamachat.terminal.opening import Opened, Run
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
+START, END = 256, 257
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A tokenizer: a byte is a token."""
+
+    vocab_size: int = 258
+    bos_id: int | None = None
+    eos_id: int | None = END
+    add_bos: bool = False
+    stop_ids: frozenset[int] = frozenset({END})
+    space_prefix: bool = False
+    specials: Mapping[str, int] = field(
+        default_factory=lambda: {"<|im_start|>": START, "<|im_end|>": END}
+    )
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < START else b""
+
+    def piece(self, token: int) -> str:
+        return self.token_bytes(token).decode("latin-1")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+
+TICKS = "tick " * 1000
+SLOW = ("read slowly", "slowly")
+
+
+def reply_to(turns: list[tuple[str, str]]) -> str:
+    """What is answered to a conversation of (role, text)."""
+    questions = [text for role, text in turns if role == "user"]
+    systems = [text for role, text in turns if role == "system"]
+    replies = {
+        "slowly": TICKS,
+        "read slowly": TICKS,
+        "interrupt the reply": TICKS,
+        "interrupt the reading": TICKS,
+        "nothing": "",
+        "newlines": "\n\nfirst\n\nlast\n\n\n",
+        "escapes": "safe\x1b]0;owned\x07\x1b[2J\x9b31mtext",
+        "recall": " | ".join(questions),
+        "system": " | ".join(systems),
+    }
+    return replies.get(questions[-1], questions[-1])
+
+
+@dataclass
+class ScriptedEngine:
+    """Ids in, ids of `reply_to` out."""
+
+    tokenizer: Bytes
+    ctx_size: int = 8192
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        decoding: Any,
+        *,
+        max_new_tokens: int | None = None,
+        stop_ids: frozenset[int] | None = None,
+        ends: Callable[[Sequence[int]], bool] | None = None,
+        turn: int = 0,
+        attempt: int = 0,
+    ) -> Iterator[EngineEvent]:
+        if len(ids) > self.ctx_size:
+            raise PromptTooLongError(f"the prompt has {len(ids)} tokens, not {self.ctx_size}")
+        return self._generate(ids, max_new_tokens or self.ctx_size, attempt)
+
+    def _generate(self, ids: Sequence[int], limit: int, attempt: int) -> Iterator[EngineEvent]:
+        names = {START: b"<|im_start|>", END: b"<|im_end|>"}
+        text = b"".join(names.get(i) or bytes([i]) for i in ids).decode()
+        turns = TURN.findall(text)
+        reading_s, speaking_s = (turns[-1][1] == text and 0.02 for text in SLOW)
+        for read in range(0, len(ids), 1 + len(ids) // 100):
+            yield Prefill(read, len(ids), 0)
+            time.sleep(reading_s)
+        yield Prefill(len(ids), len(ids), 0)
+        if turns[-1][1] == "interrupt the reading":
+            signal.raise_signal(signal.SIGINT)
+        spoken = reply_to(turns) + (f" (attempt {attempt})" if attempt else "")
+        for i, token in enumerate(spoken.encode()[:limit]):
+            if i == 7 and turns[-1][1] == "interrupt the reply":
+                signal.raise_signal(signal.SIGINT)
+            yield Token(token)
+            time.sleep(speaking_s)
+        yield Done("stop" if len(spoken.encode()) <= limit else "length")
+
+
+def model(ctx_size: int = 8192) -> Any:
+    """As much of a `Model` as a conversation on a terminal needs."""
+    tokenizer = Bytes()
+    return SimpleNamespace(
+        name="scripted",
+        config=SimpleNamespace(n_params=1_000_000),
+        dtype="float32",
+        threads=1,
+        quantize="none",
+        located=SimpleNamespace(revision="r1"),
+        tokenizer=tokenizer,
+        engine=ScriptedEngine(tokenizer, ctx_size),
+        chat_template=CHATML,
+        sampling=(("generation_config.json", {"temperature": 0.5}),),
+    )
+
+
+@lru_cache(maxsize=1)
+def template() -> JinjaTemplate:
+    """One for all sessions of a process: it has a worker process of its own."""
+    return JinjaTemplate(CHATML, Bytes())
+
+
+def open_session(run: Run) -> Opened:
+    """What the terminal opens in place of a real model."""
+    speaker = model(run.ctx_size or 8192)
+    session = ChatSession(
+        speaker,
+        system=run.system,
+        options=Options(run.said, speaker.sampling),
+        max_new_tokens=run.max_new_tokens,
+        stop=run.stop,
+        template=template(),
+    )
+    return Opened(speaker, session, load_s=0.1)
+
+
+if __name__ == "__main__":
+    opening.open_session = open_session
+    main()
