@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from scripted import Bytes
 
 from llamachat.chat.events import Done, Event, Prefill, Text, Trimmed
 from llamachat.chat.options import Options, Said
@@ -19,26 +20,11 @@ from llamachat.errors import DamagedFileError, PromptTooLongError, UsageError
 
 USER, ASSISTANT, END, SYSTEM = 256, 257, 258, 259
 ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+SPECIALS = {"<user>": USER, "<assistant>": ASSISTANT, "<end>": END, "<system>": SYSTEM}
+TOKENIZER = Bytes(vocab_size=260, stop_ids=frozenset({END}), specials=SPECIALS)
 
 
-class Bytes:
-    """A tokenizer whose ids are bytes, and four control tokens."""
-
-    vocab_size, bos_id, add_bos, space_prefix = 260, None, False, False
-    stop_ids = frozenset({END})
-    specials: Mapping[str, int] = {"<user>": 256, "<assistant>": 257, "<end>": 258, "<sys>": 259}
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token]) if token < 256 else b""
-
-    def piece(self, token: int) -> str:
-        return chr(token)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+Script = Sequence[int] | BaseException
 
 
 class Marked:
@@ -60,10 +46,10 @@ class Marked:
 class Scripted:
     """An engine that says what it is told to, and remembers what it was asked.
 
-    A script has bytes, each of which is a token, and exceptions, which are raised.
+    A script has ids, and exceptions, which are raised.
     """
 
-    scripts: list[Sequence[bytes | BaseException]]
+    scripts: list[Sequence[Script]]
     ctx_size: int = 1000
     prompts: list[list[int]] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -103,15 +89,16 @@ class Scripted:
 @dataclass
 class Model:
     engine: Scripted
-    tokenizer: Bytes = field(default_factory=Bytes)
+    tokenizer: Bytes = TOKENIZER
     chat_template: str | None = None
     sampling: tuple[tuple[str, Mapping[str, float]], ...] = ()
 
 
-def session_of(*scripts: bytes | Sequence[bytes | BaseException], **settings: Any) -> ChatSession:
-    ctx_size = settings.pop("ctx_size", 1000)
+def session_of(*scripts: bytes | Sequence[Script], **settings: Any) -> ChatSession:
+    ctx_size, tokenizer = settings.pop("ctx_size", 1000), settings.pop("tokenizer", TOKENIZER)
     parts = [[script] if isinstance(script, bytes) else script for script in scripts]
-    return ChatSession(Model(Scripted(parts, ctx_size)), template=Marked(), **settings)
+    model = Model(Scripted(parts, ctx_size), tokenizer)
+    return ChatSession(model, template=Marked(), **settings)
 
 
 def engine_of(session: ChatSession) -> Scripted:
@@ -123,7 +110,6 @@ def engine_of(session: ChatSession) -> Scripted:
 def run(events: Iterator[Event]) -> tuple[list[str], Done]:
     """The pieces of text, and how it ended."""
     *before, done = events
-    assert isinstance(done, Done)
     return [event.text for event in before if isinstance(event, Text)], done
 
 
@@ -214,6 +200,17 @@ def test_the_engine_is_told_where_a_stop_string_is_complete() -> None:
     assert run(session.send("?"))[1].text == "a"
 
 
+def test_a_stop_string_is_found_across_tokens_that_say_nothing() -> None:
+    reply = [b"one. ST", [USER] * 5, b"OP", AssertionError("asked too far")]
+    assert run(session_of(reply, stop=["STOP"]).send("?"))[1].text == "one. "
+
+
+def test_the_space_that_a_tokenizer_adds_is_no_part_of_a_stop_string() -> None:
+    spaced = replace(TOKENIZER, space_prefix=True)
+    session = session_of(b" STOP, and then STOP", stop=[" STOP"], tokenizer=spaced)
+    assert run(session.send("?"))[1].text == "STOP, and then"
+
+
 def test_what_only_looked_like_a_stop_string_is_shown() -> None:
     pieces, done = run(session_of(b"a ST", stop=["STOP"]).send("?"))
     assert "".join(pieces) == done.text == "a ST"
@@ -234,7 +231,7 @@ def test_a_closed_reply_is_kept_as_far_as_it_came() -> None:
     events = session.send("?")
     while not isinstance(next(events), Text):
         pass
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert contents(session) == ["?", "H"]
 
 
@@ -253,7 +250,7 @@ def test_without_a_token_of_answer_the_conversation_stays_as_it_was(
 def test_a_question_whose_reply_nobody_reads_is_not_asked() -> None:
     session = session_of(b"Hi")
     session.send("never read")
-    session.send("closed").close()  # type: ignore[attr-defined]
+    session.send("closed").close()
     run(session.send("Hello"))
     assert contents(session) == ["Hello", "Hi"]
 
@@ -350,7 +347,7 @@ def test_clear_keeps_the_system_message() -> None:
     assert engine_of(session).prompts[1] == [SYSTEM, *b"Be brief.", END, USER, *b"2", END, 257]
 
 
-def long_session(n_turns: int = 0, *scripts: Sequence[bytes | BaseException]) -> ChatSession:
+def long_session(n_turns: int = 0, *scripts: Sequence[Script]) -> ChatSession:
     session = session_of(
         *[b"answer...."] * n_turns, *(scripts or [[b"answer...."]] * 12), ctx_size=120
     )
@@ -374,7 +371,6 @@ def test_the_oldest_turns_go_when_the_context_fills() -> None:
 
 def test_what_was_trimmed_is_said_before_the_reply() -> None:
     first, *_, done = long_session(4).send("question 4")
-    assert isinstance(done, Done)
     assert first == done.trimmed == Trimmed(turns=2, tokens=48)
 
 
@@ -397,3 +393,8 @@ def test_the_prompt_can_be_looked_at() -> None:
     run(session.send("Hello"))
     assert session.prompt_ids == [*turn("Hello", "Hi"), ASSISTANT]
     assert session.prompt_text == "<user>Hello<end><assistant>Hi<end><assistant>"
+
+
+def test_the_prompt_that_is_shown_has_no_forgotten_turns() -> None:
+    session = long_session(5)
+    assert len(session.prompt_ids) == 3 * 24 + 1

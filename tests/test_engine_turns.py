@@ -69,7 +69,7 @@ def test_an_interrupted_turn_and_a_new_draw_reuse_what_is_the_same(model: llamac
     while not (isinstance(event := next(events), Prefill) and event.done == event.total):
         pass
     next(events)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     first, *_ = chat.regenerate()
     assert isinstance(first, Prefill)
     assert first.total == 1

@@ -87,8 +87,8 @@ def test_a_single_token_has_no_standard_error() -> None:
     ("n_tokens", "settings", "named"),
     [
         (7, {"window": 8}, "7 tokens, expected a window of 8"),
-        (9, {"window": 2}, "windows of 2 tokens"),
-        (9, {"window": 4, "windows": 0}, "0 windows"),
+        (9, {"window": 2}, "window is 2, expected 3"),
+        (9, {"window": 4, "windows": 0}, "windows is 0"),
     ],
 )
 def test_nothing_to_score_is_refused(n_tokens: int, settings: dict[str, int], named: str) -> None:

@@ -63,8 +63,10 @@ def perplexity(
         UsageError: the text has not one window, or a window nothing to score.
         DamagedFileError: the model's logits are not numbers.
     """
-    if window < 3 or (windows is not None and windows < 1):
-        raise UsageError(f"{windows} windows of {window} tokens, expected 1 or more of 3 or more")
+    if window < 3:
+        raise UsageError(f"window is {window}, expected 3 tokens or more")
+    if windows is not None and windows < 1:
+        raise UsageError(f"windows is {windows}, expected 1 or more")
     if len(text_ids) < window:
         raise UsageError(
             f"the text has {len(text_ids)} tokens, expected a window of {window} or more",

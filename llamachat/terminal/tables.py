@@ -12,8 +12,8 @@ from typing import Any
 from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, encode, render
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import ModelNotFoundError, UsageError
-from llamachat.library.catalog import CATALOG
-from llamachat.library.store import Installed, installed, require
+from llamachat.library.catalog import CATALOG, find
+from llamachat.library.store import Installed, Located, installed, require
 from llamachat.library.store import remove as delete
 from llamachat.terminal.failure import say
 from llamachat.terminal.output import write
@@ -53,6 +53,7 @@ def show_model(name: str, *, json: bool) -> None:
         "size_bytes": sum(file.stat().st_size for file in checkpoint.files),
         "config": asdict(config),
         "chat_template": checkpoint.chat_template is not None,
+        "licence": checkpoint.metadata.get("license") or _licence(located),
         "generation": dict(checkpoint.generation),
         "metadata": dict(checkpoint.metadata),
         "files": [str(file) for file in checkpoint.files],
@@ -98,15 +99,15 @@ def remove(names: Sequence[str], *, yes: bool) -> None:
     Raises:
         UsageError: it may not ask, and was not told to go ahead.
     """
-    found = [require(name) for name in names]
+    found = {name: require(name) for name in names}
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and stdin is no terminal", hint="--yes")
-        say(f"delete {', '.join(str(located.path) for located in found)}? [y/N]")
+        say(f"delete {', '.join(str(located.path) for located in found.values())}? [y/N]")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say("llamachat: nothing was deleted")
             return
-    for name, located in zip(names, found, strict=True):
+    for name, located in found.items():
         say(f"llamachat: {name}: {delete(located) / MB:,.0f} MB freed")
 
 
@@ -134,6 +135,11 @@ def _conversation(path: Path) -> list[Message]:
                 "expected system, user or assistant with text"
             )
     return messages
+
+
+def _licence(located: Located) -> str | None:
+    entry = find(located.alias) if located.alias else None
+    return entry.licence if entry else None
 
 
 def _installed_json(model: Installed) -> dict[str, Any]:
