@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from llamachat.chat.session import ChatSession
     from llamachat.engine.decoding import Start
     from llamachat.engine.strategies import Greedy, Sample
-    from llamachat.load import Model, load
+    from llamachat.loading import Model, load
 
 _HOMES = {
     "ChatSession": "llamachat.chat.session",
     "Greedy": "llamachat.engine.strategies",
-    "Model": "llamachat.load",
+    "Model": "llamachat.loading",
     "Sample": "llamachat.engine.strategies",
     "Start": "llamachat.engine.decoding",
-    "load": "llamachat.load",
+    "load": "llamachat.loading",
 }
 
 __all__ = ["ChatSession", "Greedy", "Model", "Sample", "Start", "__version__", "load"]
@@ -36,9 +36,6 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return metadata.version("llamachat")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = import_module(_HOMES[name])
-    # All of a module's names at once: importing llamachat.load put the module in place of `load`.
-    globals().update({n: getattr(home, n) for n in _HOMES if _HOMES[n] == _HOMES[name]})
-    return globals()[name]
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from llamachat.terminal.interrupts import left_at_once
 from llamachat.terminal.progress import download_progress, loading
 
 if TYPE_CHECKING:
-    from llamachat.load import Model
+    from llamachat.loading import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _load(run: Run) -> Model:
             with left_at_once():
                 import torch  # noqa: F401  # the longest part of starting
 
-                from llamachat.load import load
+                from llamachat.loading import load
             return load(
                 run.model,
                 device=run.device,

@@ -122,6 +122,8 @@ def show_findings(findings: Mapping[str, Any], *, json: bool) -> None:
 def _conversation(path: Path) -> list[Message]:
     try:
         turns = jsonlib.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(turns, list):
+            raise TypeError(f"found {type(turns).__name__}")
         messages = [Message(turn["role"], turn["content"]) for turn in turns]
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error

@@ -53,10 +53,9 @@ def test_a_model_that_would_rather_not_sample_is_greedy(
 
 
 def test_the_api_is_the_same_however_often_it_is_named() -> None:
-    """`llamachat.load` is a function, though a module has that name as well."""
     program = (
-        "import llamachat; llamachat.Model; llamachat.load; llamachat.ChatSession; "
-        "assert callable(llamachat.load) and callable(llamachat.load)"
+        "import llamachat, llamachat.loading; llamachat.Model; llamachat.load; "
+        "llamachat.ChatSession; assert callable(llamachat.load) and callable(llamachat.load)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
