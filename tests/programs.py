@@ -23,7 +23,8 @@ def environment(home: Path, **changes: str) -> dict[str, str]:
         "HF_HUB_CACHE": "hub",
     }
     ours = {name: str(home / folder) for name, folder in folders.items()}
-    return kept | ours | {"HF_HUB_OFFLINE": "1", "TERM": "xterm-256color"} | changes
+    steady = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+    return kept | ours | steady | changes
 
 
 def start(command: tuple[str, ...], home: Path, **changes: str) -> subprocess.Popen[bytes]:
@@ -48,3 +49,17 @@ def run(
         check=False,
         **source,
     )
+
+
+def signalled_at_import(module: str, number: str) -> tuple[str, ...]:
+    """`llamachat` as a program that gets a signal when it comes to import a module."""
+    program = (
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.{number})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from llamachat.__main__ import main\n"
+        "main()\n"
+    )
+    return (sys.executable, "-c", program)

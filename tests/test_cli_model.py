@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from programs import LLAMACHAT, run, start
+from programs import LLAMACHAT, run, signalled_at_import, start
 
 CHAT = (*LLAMACHAT, "chat")
 Runs = Mapping[str, "CompletedProcess[bytes]"]
@@ -123,15 +123,26 @@ def test_a_stop_string_split_over_tokens_does_not_leak(runs: Runs) -> None:
     assert cut.rstrip("\n") == whole[: whole.index("girl named")]
 
 
+@pytest.mark.parametrize(
+    ("module", "number", "exit_code"),
+    [("torch", "SIGTERM", 143), ("torch.nn", "SIGINT", 130), ("llamachat.loading", "SIGINT", 130)],
+)
+def test_a_signal_while_loading_leaves_at_once_and_quietly(
+    model: str, tmp_path: Path, module: str, number: str, exit_code: int
+) -> None:
+    program = signalled_at_import(module, number)
+    done = run((*program, "chat", "-q", "-m", model, "-n", "1", PROMPT), tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (exit_code, b"", b"")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("delay_s", [0.4, 0.8, 1.2])
-def test_an_interrupt_while_loading_is_exit_130_and_leaves_nothing(
-    model: str, tmp_path: Path, delay_s: float
+def test_an_interrupt_at_some_point_of_loading_is_exit_130_and_leaves_nothing(
+    model: str, tmp_path: Path
 ) -> None:
     with start((*CHAT, "-q", "-m", model, "-n", "1", PROMPT), tmp_path) as process:
         assert process.stdin is not None
         process.stdin.close()
-        time.sleep(delay_s)
+        time.sleep(0.9)
         process.send_signal(signal.SIGINT)
         process.stdin = None
         out, err = process.communicate(timeout=30)

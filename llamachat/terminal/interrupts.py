@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -55,4 +56,6 @@ def interruptible(reply: Generator[Event, None, None]) -> Iterator[Event]:
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\n")  # below what is said there of loading
     os._exit(128 + number)
