@@ -121,6 +121,18 @@ def test_a_reply_is_shown_as_it_comes(terminal: Terminal) -> None:
     assert time.monotonic() - began < 10  # it takes 100 s in all
 
 
+def test_a_line_typed_ahead_stays_out_of_the_reply_and_is_sent_next(open_terminal: Open) -> None:
+    terminal = open_terminal("-n", "40")
+    terminal.wait()
+    terminal.send("slowly\r")
+    terminal.child.expect_exact("tick")
+    terminal.child.send("recall\r")
+    rest = terminal.wait()
+    assert set(rest.split()) <= {"tick", "t", "ti", "tic"}
+    terminal.child.expect_exact(SENT)
+    assert terminal.wait().strip() == "slowly | recall"
+
+
 def test_commands_are_performed(terminal: Terminal) -> None:
     terminal.ask("one")
     terminal.ask("two")

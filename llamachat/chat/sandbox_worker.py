@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -52,17 +53,16 @@ def main() -> None:
 
 def limit_memory(limit_bytes: int) -> None:
     """Let this process allocate no more, where the system can see to it."""
-    try:
+    if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
-    except (ImportError, ValueError, OSError):  # Windows; macOS, where the parent watches alone
-        return
+        with suppress(ValueError, OSError):  # macOS, where the parent watches alone
+            resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
 
 
 def limit_time(limit_s: int) -> None:
     """Let the system end this process then, if whoever would do so has died; 0: no longer."""
-    if hasattr(signal, "alarm"):  # not on Windows
+    if sys.platform != "win32":
         signal.alarm(limit_s)
 
 

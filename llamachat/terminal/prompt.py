@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -32,6 +34,37 @@ def new_prompt(toolbar: Callable[[], str], notice: Callable[[str], None]) -> Pro
         enable_open_in_editor=True,
         enable_history_search=True,
     )
+
+
+if sys.platform == "win32":
+
+    @contextmanager
+    def typed_unseen() -> Iterator[None]:
+        """The console shows no keys until a line is asked for."""
+        yield
+
+else:
+    import termios
+
+    @contextmanager
+    def typed_unseen() -> Iterator[None]:
+        """Keys typed inside stay out of the reply, and are there when the next line is asked for.
+
+        Carriage returns stay what they are, so that Enter sends then, too.
+        """
+        try:
+            before = termios.tcgetattr(sys.stdin)
+        except (termios.error, OSError, ValueError):  # no terminal
+            yield
+            return
+        unseen = list(before)
+        unseen[0] &= ~termios.ICRNL
+        unseen[3] &= ~(termios.ECHO | termios.ICANON)
+        try:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 class PrivateHistory(FileHistory):

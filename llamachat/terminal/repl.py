@@ -12,7 +12,7 @@ from llamachat.errors import LlamachatError
 from llamachat.terminal.failure import say, show_failure
 from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session
-from llamachat.terminal.prompt import new_prompt
+from llamachat.terminal.prompt import new_prompt, typed_unseen
 from llamachat.terminal.stream import ReplyView
 
 HOW_TO_LEAVE = "Ctrl-D or /exit leaves."
@@ -92,7 +92,7 @@ def _perform(line: str, conversation: Conversation, run: Run) -> bool:
 def _stream(reply: Generator[Event, None, None]) -> Done | None:
     """Show a reply as it comes. Ctrl-C stops it; what was said stays in the conversation."""
     done = None
-    with ReplyView() as view:
+    with typed_unseen(), ReplyView() as view:
         for event in interruptible(reply):
             view.show(event)
             if isinstance(event, Done):
