@@ -136,12 +136,13 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 def _plain_lines() -> Callable[[int, int], None]:
     began = last = time.monotonic()
+    said = 0
 
     def show(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, said
         now = time.monotonic()
-        if done and (done == total or now - last >= PLAIN_EVERY_S):
-            last = now
+        if done > said and (done == total or now - last >= PLAIN_EVERY_S):
+            last, said = now, done
             rate = done / MB / max(now - began, 1e-9)
             say(f"llamachat: {done / MB:.0f} of {total / MB:.0f} MB, {rate:.0f} MB/s")
 
