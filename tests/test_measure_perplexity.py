@@ -21,7 +21,7 @@ from llamachat.errors import DamagedFileError, UsageError
 from llamachat.measure.evaluate import perplexity
 
 # A window takes each side a second or more; 20 are the figure to compare with.
-N_WINDOWS = int(os.environ.get("LLAMACHAT_TEST_WINDOWS", "4"))
+N_WINDOWS = int(os.environ.get("LLAMACHAT_TEST_WINDOWS", "2"))
 
 
 @dataclass
