@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from llamachat.engine.events import Prefill
+
+__all__ = ["Done", "Event", "FinishReason", "Prefill", "Text", "Timings", "Trimmed"]
+
 FinishReason = Literal["stop", "length", "interrupted", "loop"]
 
 
@@ -15,15 +19,6 @@ class Trimmed:
 
     turns: int
     tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """Prompt tokens run so far, of all that must be; `reused` more were in the cache already."""
-
-    done: int
-    total: int
-    reused: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -285,10 +285,10 @@ class _Reply:
     def follow(self, events: Iterator[engine_events.EngineEvent]) -> Iterator[Event]:
         """Pass the engine's events on, as text."""
         for event in events:
-            if isinstance(event, engine_events.Prefill):
+            if isinstance(event, Prefill):
                 self.reused = event.reused
                 self._prefilled = time.perf_counter()
-                yield Prefill(event.done, event.total, event.reused)
+                yield event
             elif isinstance(event, engine_events.Token):
                 if text := self._take(event.id):
                     yield Text(text)
