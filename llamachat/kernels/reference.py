@@ -60,6 +60,7 @@ class Reference:
         self.device = torch.device(device)
         self.dtype = dtype
         self._blocks = self.device.type == "cpu" and _has_blocked_linear(dtype)
+        self._stored: slice | Tensor = slice(0)  # where this pass's keys and values go
         self._spans: tuple[_Span, ...] = ()
 
     def pack(
@@ -89,6 +90,7 @@ class Reference:
     def run(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """Call `forward`; what every layer's attention needs is worked out once."""
         with torch.inference_mode():
+            self._stored = _as_slice(batch.slot)
             self._spans = tuple(_spans(batch))
             return forward(batch)
 
@@ -122,9 +124,8 @@ class Reference:
         turned = _rotate(heads[:, :-kv_heads].float(), angles).to(cache.keys.dtype)
         q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], heads[:, -kv_heads:]
         keys, values = cache.keys[layer], cache.values[layer]  # (K, slots, E)
-        slot = _as_slice(batch.slot)
-        keys[:, slot] = k.transpose(0, 1)
-        values[:, slot] = v.to(values.dtype).transpose(0, 1)
+        keys[:, self._stored] = k.transpose(0, 1)
+        values[:, self._stored] = v.to(values.dtype).transpose(0, 1)
         if len(self._spans) == 1:
             out = _attend(q, keys, values, self._spans[0])
         else:
