@@ -41,8 +41,7 @@ def title(opened: Opened) -> str:
     model = opened.model
     return (
         f"{model.name} · {model.config.n_params / 1e6:,.0f}M parameters · {model.dtype} · "
-        f"{model.threads} thread{'s' * (model.threads > 1)} · context {model.engine.ctx_size:,} · "
-        f"loaded in {opened.load_s:.1f} s"
+        f"{model.threads} thread{'s' * (model.threads > 1)} · context {model.engine.ctx_size:,}"
     )
 
 
