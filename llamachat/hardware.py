@@ -78,10 +78,3 @@ def memory_bytes() -> tuple[int, int]:
     except (OSError, ValueError):  # no cgroup, or "max"
         return total, available
     return min(total, limit), max(0, min(available, limit - used))
-
-
-def resident_bytes() -> int:
-    """Bytes of memory that this process holds now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llamachat import hardware, settings
 from llamachat.architecture import ModelConfig
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from llamachat.engine.decoding import Decoding
     from llamachat.engine.engine import Engine
-
-Device = Literal["auto", "cpu"]
-Dtype = Literal["auto", "float32", "bfloat16"]
 
 MEMORY_SHARE = 0.8  # of what is available: the rest is for activations and for other programs
 GIB = 2**30

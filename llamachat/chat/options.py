@@ -106,7 +106,8 @@ class Options:
 
     def saying(self, **changes: object) -> Options:
         """The same with some of the user's words changed; None takes a word back."""
-        return replace(self, said=replace(self.said, **changes))  # type: ignore[arg-type]
+        said = replace(self.said, **changes)  # type: ignore[arg-type]  # callers parse them
+        return replace(self, said=said)
 
     def _layered(self, name: str, named: Mapping[str, float]) -> tuple[float, str]:
         if name in named:

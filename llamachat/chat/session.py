@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llamachat.chat.context import Fitted, fit, turns_of, without_oldest
 from llamachat.chat.events import Done, Event, FinishReason, Prefill, Text, Timings, Trimmed
 from llamachat.chat.options import Options, Said
-from llamachat.chat.templates import (
-    JinjaTemplate,
-    Message,
-    PlainTemplate,
-    Segment,
-    Template,
-    encode,
-    render,
-)
+from llamachat.chat.templates import Message, Segment, Template, encode, render, template_of
 from llamachat.engine import events as engine_events
 from llamachat.engine.stops import StopFilter, first_stop
 from llamachat.errors import UsageError
@@ -103,7 +95,7 @@ class ChatSession:
         template: Template | None = None,
     ) -> None:
         self.model = model
-        self.template = template or template_of(model)
+        self.template = template or template_of(model.chat_template, model.tokenizer)
         self.options = options or Options(Said(), model.sampling)
         self.max_new_tokens = max_new_tokens
         self.stop = tuple(stop)
@@ -327,13 +319,6 @@ class _Reply:
         text = self._filter.feed(self._text.feed(token))
         self.shown.append(text)
         return text
-
-
-def template_of(model: Speaks) -> Template:
-    """The model's own template; without one, plain completion."""
-    if model.chat_template is None:
-        return PlainTemplate()
-    return JinjaTemplate(model.chat_template, model.tokenizer)
 
 
 def describe(decoding: Decoding) -> dict[str, Any]:

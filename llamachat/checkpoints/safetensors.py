@@ -205,7 +205,7 @@ def _default_template(template: Any) -> str | None:
 def _read_header(path: Path) -> dict[str, _Stored]:
     """Names, shapes and types; the library checks every offset against the file's size."""
     with _opened(path, framework="numpy") as file:  # without torch, and no array is made
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         return {
             name: _Stored(path, tuple(it.get_shape()), it.get_dtype())
             for name, it in slices.items()

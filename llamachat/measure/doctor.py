@@ -34,7 +34,7 @@ def examine() -> dict[str, Any]:
         "cpu": hardware.cpu_name(),
         "instruction_sets": [name for name in FEATURES if name in sets],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]  # torch
         "threads": settings.omp_threads() or hardware.usable_cores(),
         "memory_bytes": {"total": total, "available": available},
         "backend": "reference",

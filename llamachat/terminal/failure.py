@@ -27,7 +27,7 @@ def say(text: str) -> None:
     try:
         encoding = sys.stderr.encoding or "utf-8"
         line = shown(text).encode(encoding, "replace").decode(encoding)
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        print(line, file=sys.stderr, flush=True)  # noqa: T201  # where all lines go
     except (OSError, ValueError):
         pass
 

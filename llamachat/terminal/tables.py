@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, encode, render
+from llamachat.chat.templates import Message, encode, render, template_of
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import ModelNotFoundError, UsageError
 from llamachat.library.catalog import CATALOG, find
@@ -83,8 +83,7 @@ def show_rendered(name: str, path: Path, *, json: bool) -> None:
     """A conversation as the exact prompt; with `json`, its ids as well."""
     checkpoint = open_checkpoint(require(name).path)
     tokenizer = checkpoint.tokenizer()
-    source = checkpoint.chat_template
-    template = PlainTemplate() if source is None else JinjaTemplate(source, tokenizer)
+    template = template_of(checkpoint.chat_template, tokenizer)
     segments = template.segments(_conversation(path))
     text = render(segments, tokenizer)
     if json:
