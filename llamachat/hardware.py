@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,12 +49,20 @@ def cpu_name() -> str:
 
 def usable_cores() -> int:
     """Physical cores that this process may use: affinity and the cgroup's quota count."""
+    return max(1, min(core_limits().values(), default=1))
+
+
+def core_limits() -> dict[str, int]:
+    """What bounds the cores that this process may use, by name, as far as the system tells."""
     import psutil
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    physical = psutil.cpu_count(logical=False)
-    counts = [count for count in (allowed, physical, _cgroup_cores()) if count]
-    return max(1, min(counts)) if counts else 1
+    limits = {
+        "physical cores": psutil.cpu_count(logical=False),
+        "allowed CPUs": allowed,
+        "cgroup quota": _cgroup_cores(),
+    }
+    return {name: count for name, count in limits.items() if count}
 
 
 def _cgroup_cores() -> int | None:
@@ -78,3 +88,27 @@ def memory_bytes() -> tuple[int, int]:
     except (OSError, ValueError):  # no cgroup, or "max"
         return total, available
     return min(total, limit), max(0, min(available, limit - used))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that was resident: since the last reset, or where none works, ever."""
+    if sys.platform == "win32":
+        import psutil
+
+        peak = int(psutil.Process().memory_info().peak_wset)
+    else:
+        import resource
+
+        try:
+            words = Path("/proc/self/status").read_text("utf-8", errors="replace").split()
+            peak = int(words[words.index("VmHWM:") + 1]) * 1024
+        except (OSError, ValueError):
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_bytes` begin anew; only Linux can (proc(5), /proc/pid/clear_refs)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

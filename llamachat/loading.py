@@ -11,18 +11,24 @@ from llamachat import hardware, settings
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.errors import DamagedFileError, UsageError, WillNotFitError
+from llamachat.kernels.backends import Backend, choose, make
 from llamachat.library.catalog import find
 from llamachat.library.store import Located, resolve
 from llamachat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from llamachat.engine.decoding import Decoding
     from llamachat.engine.engine import Engine
+    from llamachat.quant.tensor import QTensor
 
 MEMORY_SHARE = 0.8  # of what is available: the rest is for activations and for other programs
 GIB = 2**30
+CACHE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}  # of a key's or value's element
+FLOAT_FORMS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+COST_OF_TORCH = "torch computes, at a fraction of the speed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,10 @@ class Model:
         engine: the decoder and its cache; one conversation at a time.
         chat_template: the Jinja source, or None for a base model.
         sampling: sampling defaults by where they come from, the strongest first.
-        dtype: what matrices are computed in.
+        dtype: what weights are that are not quantized.
         threads: CPU threads in use.
+        backend: what computes: "native" or "reference".
+        quantize: how weights are run: in the form of their file ("q4_1"...), or "none".
     """
 
     name: str
@@ -50,8 +58,8 @@ class Model:
     sampling: tuple[tuple[str, Mapping[str, float]], ...]
     dtype: str
     threads: int
-    backend: str = "reference"
-    quantize: str = "none"
+    backend: str
+    quantize: str
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """(T, V) float32 of every position; no cache is left behind."""
@@ -90,7 +98,9 @@ def load(
     *,
     quantize: str = "auto",
     device: str = "auto",
+    backend: str = "auto",
     dtype: str = "auto",
+    kv_cache: str = "auto",
     ctx_size: int | None = None,
     threads: int | None = None,
     revision: str | None = None,
@@ -103,9 +113,12 @@ def load(
 
     Args:
         name: an alias, a Hub repository id, or a path; default as on the command line.
-        quantize: "auto" or "none"; both compute in `dtype` from dequantized weights for now.
+        quantize: "auto" runs weights in the form of their file, "none" unpacks them to `dtype`.
         device: "auto" or "cpu".
-        dtype: "auto", "float32" or "bfloat16"; auto is the faster one on this CPU.
+        backend: "auto", "native" or "reference"; auto is native where its library was built.
+        dtype: "auto", "float32" or "bfloat16", of weights that are not quantized; auto is the
+            file's own, or what is faster on this CPU where weights are unpacked.
+        kv_cache: "auto", "f32", "bf16" or "int8"; auto is bf16, or f32 beside float32 weights.
         ctx_size: tokens of context; default the model's own, capped by memory.
         threads: CPU threads; default every physical core that this process may use.
         revision: of a Hub repository.
@@ -119,41 +132,84 @@ def load(
     """
     _one_of("quantize", quantize, ("auto", "none"))
     _one_of("device", device, ("auto", "cpu"))
+    _one_of("dtype", dtype, ("auto", "float32", "bfloat16"))
+    _one_of("kv_cache", kv_cache, ("auto", *CACHE_BYTES))
+    chosen = choose(backend)
     name = str(name or settings.default_model())
     located = resolve(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
     )
     checkpoint = open_checkpoint(located.path)
-    dtype = _dtype(dtype)
+    if chosen.missing:
+        notice(f"no native kernels ({chosen.missing}): {COST_OF_TORCH}")
+    plan = _plan(checkpoint, chosen, quantize, dtype, kv_cache)
     threads = threads or settings.omp_threads() or hardware.usable_cores()
-    context = _context(checkpoint.config, ctx_size, 2 if dtype == "bfloat16" else 4, notice)
+    context = _context(checkpoint.config, plan, ctx_size, notice)
     tokenizer = checkpoint.tokenizer()
     return Model(
         name=name,
         located=located,
         config=checkpoint.config,
         tokenizer=tokenizer,
-        engine=_engine(checkpoint, tokenizer, dtype, threads, context),
+        engine=_engine(checkpoint, tokenizer, plan, threads, context),
         chat_template=checkpoint.chat_template,
         sampling=_sampling(checkpoint, located),
-        dtype=dtype,
+        dtype=plan.dtype,
         threads=threads,
+        backend=chosen.name,
+        quantize=plan.quantize,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a checkpoint is run.
+
+    Attributes:
+        backend: what computes.
+        quantize: the form of quantized weights, or "none" where they are unpacked.
+        dtype: of other weights.
+        kv_cache: the form of keys and values.
+        weight_bytes: of all weights.
+    """
+
+    backend: Backend
+    quantize: str
+    dtype: str
+    kv_cache: str
+    weight_bytes: int
+
+
+def _plan(
+    checkpoint: Checkpoint, backend: Backend, quantize: str, dtype: str, kv_cache: str
+) -> _Plan:
+    config, form = checkpoint.config, checkpoint.form.lower()
+    is_packed = backend.name == "native" and quantize == "auto" and form not in FLOAT_FORMS
+    if dtype == "auto":
+        faster = "bfloat16" if hardware.multiplies_bfloat16() else "float32"
+        dtype = FLOAT_FORMS.get(form, "bfloat16") if backend.name == "native" else faster
+    if kv_cache == "auto":
+        kv_cache = "f32" if dtype == "float32" else "bf16"
+    if is_packed:
+        weight_bytes = sum(file.stat().st_size for file in checkpoint.files)
+    else:  # the reference keeps a tied table twice: to look up, and as the head
+        twice = config.tied and backend.name == "reference"
+        n_values = config.n_params + (config.vocab_size * config.dim if twice else 0)
+        weight_bytes = n_values * (4 if dtype == "float32" else 2)
+    return _Plan(backend, form if is_packed else "none", dtype, kv_cache, weight_bytes)
+
+
 def _engine(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: str, threads: int, ctx_size: int
+    checkpoint: Checkpoint, tokenizer: Tokenizer, plan: _Plan, threads: int, ctx_size: int
 ) -> Engine:
     import torch
 
     from llamachat.engine.engine import Engine
-    from llamachat.kernels.reference import Reference
     from llamachat.model.decoder import load_decoder
 
-    torch.set_num_threads(threads)
-    kernels = Reference("cpu", getattr(torch, dtype))
+    kernels = make(plan.backend, threads, getattr(torch, plan.dtype))
     try:
-        decoder = load_decoder(checkpoint.config, checkpoint.tensors(), kernels)
+        decoder = load_decoder(checkpoint.config, _tensors(checkpoint, plan), kernels)
     except DamagedFileError as error:
         if str(checkpoint.path) in error.message:
             raise
@@ -163,19 +219,28 @@ def _engine(
             raise
         raise WillNotFitError(f"{checkpoint.path}: out of memory while loading") from error
     return Engine(
-        decoder, ctx_size=ctx_size, stop_ids=tokenizer.stop_ids, n_ids=tokenizer.vocab_size
+        decoder,
+        ctx_size=ctx_size,
+        stop_ids=tokenizer.stop_ids,
+        n_ids=tokenizer.vocab_size,
+        kv_cache=plan.kv_cache,
     )
 
 
-def _dtype(asked: str) -> str:
-    _one_of("dtype", asked, ("auto", "float32", "bfloat16"))
-    if asked != "auto":
-        return asked
-    return "bfloat16" if hardware.multiplies_bfloat16() else "float32"
+def _tensors(checkpoint: Checkpoint, plan: _Plan) -> Iterator[tuple[str, Tensor | QTensor]]:
+    """Weights as the backend shall pack them: matrices that are not quantized in `plan.dtype`."""
+    import torch
+
+    dtype = getattr(torch, plan.dtype)
+    for name, tensor in checkpoint.tensors():
+        if not isinstance(tensor, torch.Tensor):
+            yield name, tensor if plan.quantize != "none" else tensor.dequantize().to(dtype)
+        else:
+            yield name, tensor.to(dtype) if tensor.ndim == 2 else tensor
 
 
 def _context(
-    config: ModelConfig, asked: int | None, value_bytes: int, notice: Callable[[str], None]
+    config: ModelConfig, plan: _Plan, asked: int | None, notice: Callable[[str], None]
 ) -> int:
     """Tokens of context: what was asked for if it fits, else as many as do."""
     if asked is not None and not 0 < asked <= config.max_seq_len:
@@ -183,13 +248,13 @@ def _context(
             f"--ctx-size is {asked}, the model takes 1 to {config.max_seq_len} tokens",
         )
     _, available = hardware.memory_bytes()
-    twice = config.vocab_size * config.dim if config.tied else 0  # to look up, and as the head
-    weights = (config.n_params + twice) * value_bytes
-    token = config.cached_values_per_token * value_bytes
-    left = int(available * MEMORY_SHARE) - weights
+    token = config.cached_values_per_token * CACHE_BYTES[plan.kv_cache]
+    if plan.kv_cache == "int8":  # and a float32 scale for each head's share
+        token += 4 * config.cached_values_per_token // config.head_dim
+    left = int(available * MEMORY_SHARE) - plan.weight_bytes
     fits = max(0, left // token)
     wanted = asked or config.max_seq_len
-    needed = (weights + token * wanted) / GIB
+    needed = (plan.weight_bytes + token * wanted) / GIB
     if fits < min(wanted, 512) or (asked and fits < asked):
         raise WillNotFitError(
             f"needs {needed:.1f} GiB with {wanted} tokens of context, "

@@ -99,6 +99,11 @@ def hub_cache_dir() -> Path:
         return cache_dir()[0] / "hub"
 
 
+def native_library() -> str | None:
+    """`LLAMACHAT_NATIVE_LIBRARY`: the library of kernels to load, or "none" to do without any."""
+    return os.environ.get("LLAMACHAT_NATIVE_LIBRARY") or None
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with `changes`, for a program that is started."""
     return {**os.environ, **changes}

@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from llamachat.kernels import Kernels
+    from llamachat.kernels.native import Native
     from llamachat.model.decoder import Decoder
 
 
@@ -101,3 +102,32 @@ def random_decoder() -> Callable[..., Decoder]:
         return load_decoder(config, tensors.items(), kernels or Reference())
 
     return build
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What asks for `isa` runs with each instruction set that was built and that this CPU has."""
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", _instruction_sets(), scope="session")
+
+
+def _instruction_sets() -> list[Any]:
+    from llamachat.kernels.library import LibraryMissing
+    from llamachat.kernels.native import instruction_sets
+
+    try:
+        return list(instruction_sets())
+    except LibraryMissing as missing:
+        return [pytest.param("", id="none", marks=pytest.mark.skip(f"no kernels: {missing}"))]
+
+
+@pytest.fixture(scope="session")
+def native(isa: str) -> Callable[[int], Native]:
+    """Gives the native backend with so many threads and the instruction set `isa`."""
+    from functools import cache
+
+    import torch
+
+    from llamachat.kernels.native import Native
+
+    torch.set_num_threads(1)
+    return cache(lambda threads: Native(threads, isa))

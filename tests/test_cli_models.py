@@ -280,7 +280,7 @@ def test_doctor_tells_versions_device_threads_and_backend(tmp_path: Path) -> Non
     assert findings["versions"]["llamachat"] == __version__
     assert findings["device"] == "cpu"
     assert findings["threads"] >= 1
-    assert findings["backend"] == "reference"
+    assert findings["backend"] in ("native", "reference")
     assert findings["folders"]["cache"] == str(tmp_path / "cache")
 
 

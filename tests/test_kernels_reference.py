@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
+from rows import Rows, alone
 from torch import Tensor
 
-from llamachat.engine.rows import SlotTable
 from llamachat.kernels import Batch, CacheShape, Norm
 from llamachat.kernels.reference import Reference
 from llamachat.model.decoder import Decoder
@@ -73,6 +73,45 @@ def test_blocked_weights_multiply_as_plain_ones_do(dtype: torch.dtype, n_tokens:
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+INTEGERS = Reference(activation_bits=8)
+
+
+def identity(size: int) -> QTensor:
+    codes = torch.eye(size, dtype=torch.int8)
+    return QTensor(codes, torch.ones(size, 1), bits=8, group_size=size)
+
+
+def test_activations_become_8_bits_in_groups_of_32_columns_with_ties_to_even() -> None:
+    """The first scale is 1; the second group has two columns and 1 / 127: 0.5 is code 63.5."""
+    first = [127.0, -127.0, 1.4, -2.6, 2.5, 3.5, -0.5, 0.0] + [0.0] * 24
+    x = torch.tensor([[*first, 1.0, 0.5]])
+    found = INTEGERS.linear(x, INTEGERS.pack([identity(34)]))
+    assert found[0, :8].tolist() == [127, -127, 1, -3, 2, 4, 0, 0]
+    assert found[0, 32:].tolist() == pytest.approx([1.0, 64 / 127])
+
+
+def test_groups_of_no_size_or_next_to_none_become_zeros() -> None:
+    x = torch.zeros(1, 64)
+    x[0, 32:] = 1e-39
+    assert not INTEGERS.linear(x, INTEGERS.pack([identity(64)])).any()
+
+
+def test_activations_keep_their_digits_for_rows_that_were_not_quantized() -> None:
+    weight = INTEGERS.pack([identity(2), torch.eye(2)], bias=torch.tensor([0.0, 0.0, 8.0, 0.0]))
+    found = INTEGERS.linear(torch.tensor([[1.0, 0.3]]), weight)
+    assert found[0].tolist() == pytest.approx([1.0, 38 / 127, 9.0, 0.3])
+
+
+def test_an_int8_cache_keeps_each_head_row_with_a_scale_of_its_own() -> None:
+    kernels = Reference()
+    cache = kernels.cache(CacheShape(1, 1, 4), slots=3, form="int8")
+    keys = torch.tensor([[[1.0, 0.3, -0.6, 0.0]], [[0.0, 0.0, 0.0, 0.0]]])
+    cache.write(0, torch.tensor([2, 0]), keys, keys * 254)
+    found, values = cache.read(0, torch.tensor([0, 2]))
+    assert found[0].tolist() == [[0, 0, 0, 0], pytest.approx([1.0, 38 / 127, -76 / 127, 0.0])]
+    assert values[0, 1].tolist() == pytest.approx([254.0, 76.0, -152.0, 0.0])
+
+
 def attended(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One head's softmax(q k^T / sqrt(E)) v in float64: q (E,), keys and values (S, E)."""
     scores = keys.double() @ q.double() / math.sqrt(len(q))
@@ -111,34 +150,6 @@ def test_attention_over_scattered_slots_is_that_of_plain_loops(n_tokens: int) ->
             kv, end = head // (H // K), 4 + token
             expected = attended(qkv[token, head], keys[:end, kv], values[:end, kv])
             assert torch.allclose(found[token, head].double(), expected, atol=1e-6)
-
-
-class Rows:
-    """Passes over several rows of one slot table."""
-
-    def __init__(self, decoder: Decoder, width: int) -> None:
-        self.decoder, self.slots = decoder, SlotTable(64, width)
-        self.cache = decoder.new_cache(64)
-
-    def run(self, tokens: Sequence[tuple[int, int]]) -> Tensor:
-        """(row, id) pairs, in any order of rows: logits (T, V) of all."""
-        new = self.slots.next_slots(len(tokens))
-        positions = []
-        for (row, token), slot in zip(tokens, new, strict=True):
-            positions.append(len(self.slots.rows[row].ids))
-            self.slots.append(row, [token], [slot])
-        rows, ids = zip(*tokens, strict=True)
-        position = torch.tensor(positions, dtype=torch.int32)
-        batch = Batch(
-            *(torch.tensor(x, dtype=torch.int32) for x in (ids, rows, new)),
-            position + 1, position, self.slots.table, torch.arange(len(tokens)),
-        )  # fmt: skip
-        return self.decoder(batch, self.cache)
-
-
-def alone(decoder: Decoder, ids: Sequence[int]) -> Tensor:
-    """Logits (V,) of the last of `ids`, run in one row and one pass."""
-    return Rows(decoder, 1).run([(0, token) for token in ids])[-1]
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
@@ -191,12 +202,11 @@ def test_slots_that_were_given_back_are_used_again(random_decoder: Callable[...,
     assert same(logits[1], alone(decoder, [6, 8, 41]))
 
 
-@pytest.mark.parametrize(("form", "bound"), [("f32", 1e-6), ("bf16", 3e-2)])
+@pytest.mark.parametrize(("form", "bound"), [("f32", 1e-6), ("bf16", 3e-2), ("int8", 3e-2)])
 def test_a_cache_form_changes_logits_by_its_rounding_alone(
     random_decoder: Callable[..., Decoder], form: str, bound: float
 ) -> None:
     decoder, ids = random_decoder(), [5, 9, 17, 3, 33]
-    rows = Rows(decoder, 1)
-    rows.cache = decoder.new_cache(64, form)
+    rows = Rows(decoder, form=form)
     found, expected = rows.run([(0, token) for token in ids])[-1], alone(decoder, ids)
     assert (found - expected).abs().max() <= bound * expected.abs().max()

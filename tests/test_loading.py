@@ -130,7 +130,7 @@ def room_for_700(
     """A model, and memory for its weights and 700 tokens of context, all in float32.
 
     A token takes 512 bytes (2 layers of 2 x 2 x 16 values). 0.8 of what is available is used.
-    Two tables are kept, of 272 rows and 64 columns, even if the file has one.
+    The reference keeps two tables, of 272 rows and 64 columns, even if the file has one.
     """
     layer = 2 * 64 * (64 + 32) + 3 * 64 * 96 + 2 * 64
     weights = 2 * layer + 64 + 2 * 272 * 64
@@ -141,22 +141,39 @@ def room_for_700(
 
 def test_the_context_shrinks_to_what_memory_allows_and_that_is_said(room_for_700: Path) -> None:
     notices: list[str] = []
-    model = llamachat.load(room_for_700, dtype="float32", threads=1, notice=notices.append)
+    model = llamachat.load(
+        room_for_700, backend="reference", dtype="float32", threads=1, notice=notices.append
+    )
     assert model.engine.ctx_size == 700
     assert notices == ["context: 700 of 1024 tokens, for memory; --ctx-size changes it"]
 
 
 def test_a_context_that_was_asked_for_is_not_made_smaller(room_for_700: Path) -> None:
     with pytest.raises(WillNotFitError) as caught:
-        llamachat.load(room_for_700, dtype="float32", ctx_size=1000)
+        llamachat.load(room_for_700, backend="reference", dtype="float32", ctx_size=1000)
     assert caught.value.hint == "--ctx-size 700 would fit"
 
 
-def test_threads_are_those_that_were_asked_for(folder: Path) -> None:
+@pytest.mark.parametrize(("form", "n_tokens"), [("f32", 700), ("bf16", 1400), ("int8", 2240)])
+def test_a_smaller_cache_form_makes_room_for_more_context(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, form: str, n_tokens: int
+) -> None:
+    """700 tokens of 512 bytes fit in float32; at 8 bits 16 elements share a scale of 4 bytes."""
+    folder = tiny_llama(max_position_embeddings=4096)
+    layer = 2 * 64 * (64 + 32) + 3 * 64 * 96 + 2 * 64
+    weights = 2 * layer + 64 + 2 * 272 * 64
+    use_memory(monkeypatch, (4 * weights + 700 * 512) * 5 // 4 + 1)
+    model = llamachat.load(folder, backend="reference", dtype="float32", kv_cache=form, threads=1)
+    assert model.engine.ctx_size == n_tokens
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_threads_are_those_that_were_asked_for(folder: Path, backend: str) -> None:
     before = torch.get_num_threads()
     try:
-        llamachat.load(folder, threads=2)
-        assert torch.get_num_threads() == 2
+        model = llamachat.load(folder, threads=2, backend=backend)
+        assert model.threads == 2
+        assert torch.get_num_threads() == (2 if model.backend == "reference" else 1)
     finally:
         torch.set_num_threads(before)
 

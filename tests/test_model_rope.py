@@ -12,7 +12,7 @@ from torch import Tensor
 from llamachat.architecture import ModelConfig, RopeScaling
 from llamachat.kernels import Batch, CacheShape
 from llamachat.kernels.reference import Reference
-from llamachat.model.rope import angles, inverse_frequencies
+from llamachat.model.rope import inverse_frequencies
 
 CONFIG = ModelConfig(
     dim=4, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, hidden_dim=4, vocab_size=4,
@@ -27,7 +27,7 @@ def rotated(x: list[float], position: int) -> Tensor:
     one = torch.tensor([0], dtype=torch.int32)
     at = torch.tensor([position], dtype=torch.int32)
     batch = Batch(one, one, one, one + 1, at, one.view(1, 1), one)
-    turn = angles(at, inverse_frequencies(CONFIG))
+    turn = kernels.angles(at, inverse_frequencies(CONFIG))
     qkv = torch.tensor([[*x, *x, *x]])
     kernels.run(lambda batch: kernels.attention(qkv, turn, batch, cache, 0), batch)
     return cache.keys[0, 0, 0]
@@ -51,7 +51,7 @@ def test_a_key_is_turned_by_its_position(
 
 def test_angles_are_exact_at_odd_positions_of_a_long_context() -> None:
     """Half precision cannot tell 4097 from 4096."""
-    cos, sin = angles(torch.tensor([4097]), torch.tensor([1.0]))
+    cos, sin = Reference().angles(torch.tensor([4097]), torch.tensor([1.0]))
     assert (cos.item(), sin.item()) == pytest.approx((math.cos(4097), math.sin(4097)))
 
 

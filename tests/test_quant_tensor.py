@@ -44,6 +44,14 @@ def test_half_precision_scales_multiply_in_float32() -> None:
     assert value.item() == scale.item() * 127
 
 
+def test_double_precision_rounds_nothing() -> None:
+    scale, least = torch.tensor([[0.1]]), torch.tensor([[-3e-5]])
+    codes = torch.tensor([[201]], dtype=torch.uint8)
+    matrix = QTensor(codes, scale, bits=8, group_size=1, mins=least)
+    assert matrix.dequantize(torch.float64).item() == scale.item() * 201 + least.item()
+    assert matrix.dequantize().item() != matrix.dequantize(torch.float64).item()
+
+
 def test_rows_are_taken_whole_and_in_the_order_asked_for() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (5, 4), dtype=torch.uint8, generator=generator)

@@ -56,8 +56,17 @@ def chat(
         option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]"),
     ] = None,
     device: Annotated[str, option("--device", metavar="NAME", help="auto, cpu.")] = "auto",
+    backend: Annotated[
+        str, option("--backend", metavar="NAME", help="auto, native, reference.")
+    ] = "auto",
     dtype: Annotated[
         str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")
+    ] = "auto",
+    quantize: Annotated[
+        str, option("--quantize", metavar="NAME", help="auto, none: unpack weights to --dtype.")
+    ] = "auto",
+    kv_cache: Annotated[
+        str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")
     ] = "auto",
     template: Annotated[
         Text, option("--template", metavar="NAME", help="none: plain completion.")
@@ -115,7 +124,10 @@ def chat(
         ctx_size=ctx_size,
         threads=threads,
         device=device,
+        backend=backend,
         dtype=dtype,
+        quantize=quantize,
+        kv_cache=kv_cache,
         template=template,
         stop=tuple(question.valid(text, "--stop", notices) for text in stop or ()),
         offline=offline,

@@ -6,7 +6,7 @@ from llamachat.cli.flags import Json
 
 
 def doctor(*, json: Json = False) -> None:
-    """Show versions, device, threads and backend. Goes with a bug report."""
+    """Show versions, device, threads, backend and measured speed. Goes with a bug report."""
     from llamachat.measure.doctor import examine
     from llamachat.terminal import tables
 

@@ -38,6 +38,7 @@ class Engine:
         ctx_size: int,
         stop_ids: frozenset[int] = frozenset(),
         n_ids: int | None = None,
+        kv_cache: str = "auto",
         chunk: int = CHUNK,
     ) -> None:
         """Reserve the cache.
@@ -47,6 +48,7 @@ class Engine:
             ctx_size: slots of the cache.
             stop_ids: the model's own end-of-turn ids.
             n_ids: ids that the tokenizer knows; rows of the head beyond are never chosen.
+            kv_cache: the form of keys and values; default the backend's own.
             chunk: prompt tokens a pass.
         """
         self.decoder = decoder
@@ -55,13 +57,22 @@ class Engine:
         self._n_ids = n_ids or decoder.config.vocab_size
         self._chunk = chunk
         self._device = decoder.kernels.device
-        self._cache = decoder.new_cache(ctx_size)
+        self._kv_cache = kv_cache
+        self._cache = decoder.new_cache(ctx_size, kv_cache)
         self._slots = SlotTable(ctx_size, device=self._device)
 
     @property
     def held(self) -> tuple[int, ...]:
         """The ids whose keys and values are in the cache."""
         return tuple(self._slots.rows[0].ids)
+
+    def clear(self) -> None:
+        """Forget what the cache holds."""
+        self._slots = SlotTable(self.ctx_size, device=self._device)
+
+    def bytes_per_token(self, depth: int) -> int:
+        """What one step of decoding reads of memory at `depth` tokens of context."""
+        return self.decoder.bytes_per_token(self._cache, depth)
 
     def generate(
         self,
@@ -104,7 +115,10 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, V) float32 of every position of `ids`; what the cache holds stays untouched."""
         self._check_ids(ids)
-        slots, cache = SlotTable(len(ids), device=self._device), self.decoder.new_cache(len(ids))
+        slots, cache = (
+            SlotTable(len(ids), device=self._device),
+            self.decoder.new_cache(len(ids), self._kv_cache),
+        )
         chunks = [ids[i : i + self._chunk] for i in range(0, len(ids), self._chunk)]
         passes = []
         for chunk in chunks:
@@ -176,7 +190,7 @@ class Engine:
         try:
             yield
         except BaseException:
-            self._slots = SlotTable(self.ctx_size, device=self._device)
+            self.clear()
             raise
 
     def _room(self, ids: Sequence[int]) -> int:

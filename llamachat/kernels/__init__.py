@@ -98,8 +98,26 @@ class Kernels(Protocol):
         """Memory for `slots` keys and values a layer, reserved but not touched; form "auto"..."""
         ...
 
-    def run(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """One pass of `forward`. CUDA captures and replays it; others just call it."""
+    def n_bytes(self, weight: Weight) -> int:
+        """What one product reads of a weight."""
+        ...
+
+    def slot_bytes(self, cache: Cache) -> int:
+        """What a pass reads of a cache for each token of context, in all layers."""
+        ...
+
+    def run(
+        self, forward: Callable[[Batch], Tensor], batch: Batch, cache: Cache | None = None
+    ) -> Tensor:
+        """One pass of `forward`, which calls nothing but this backend.
+
+        With a `cache` the pass is the same for every batch of its shape over that cache, so it may
+        be recorded and replayed: a CUDA graph, a native program. Others just call it.
+        """
+        ...
+
+    def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
+        """Cos and sin of position (T,) times frequencies (E / 2,)."""
         ...
 
     def embed(self, batch: Batch, weight: Weight) -> Tensor:

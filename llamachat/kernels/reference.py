@@ -2,12 +2,17 @@
 
 Matrices are dequantized once, to `dtype`. The residual stream, norms, rotations and logits are
 float32; products accumulate in float32.
+
+With `activation_bits=8` it defines what integer kernels compute: linears round their input to 8
+bits where the weight is quantized, and products accumulate in float64, so that whatever else
+differs is an error of those kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +30,54 @@ class Matrix:
         rows: (O, I), kept for look-up and where oneDNN is not to be had.
         blocked: (O, I) in oneDNN's own layout: half the time of `rows` for one token.
         bias: (O,) or None.
+        quantized: (O,) bool, which rows were quantized, if that matters to the product.
     """
 
     rows: Tensor | None
     blocked: Tensor | None
     bias: Tensor | None
+    quantized: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Keys and values (n_layers, K, slots, E): one head's slots lie together."""
+    """Keys and values (n_layers, K, slots, E): one head's slots lie together.
+
+    Attributes:
+        shape: of one slot.
+        keys: numbers, or int8 codes.
+        values: like `keys`.
+        scales: (2, n_layers, K, slots) float32, of the codes of keys and of values; or None.
+    """
 
     shape: CacheShape
     keys: Tensor
     values: Tensor
+    scales: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed with."""
+        return self.keys.dtype if self.scales is None else torch.float32
+
+    def write(self, layer: int, slots: slice | Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keys and values (T, K, E) to the slots (T,)."""
+        for i, (held, rows) in enumerate(((self.keys, keys), (self.values, values))):
+            fresh = rows.transpose(0, 1)  # (K, T, E)
+            if self.scales is not None:
+                fresh = fresh.float()
+                scale = _scale_of_8_bits(fresh)
+                self.scales[i, layer][:, slots] = scale.squeeze(-1)
+                fresh = torch.where(scale == 0, 0, fresh / scale).round()
+            held[layer][:, slots] = fresh.to(held.dtype)
+
+    def read(self, layer: int, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (K, S, E) of the slots (S,)."""
+        keys, values = self.keys[layer][:, slots], self.values[layer][:, slots]
+        if self.scales is None:
+            return keys, values
+        key_scales, value_scales = self.scales[:, layer][:, :, slots].unsqueeze(-1)
+        return keys * key_scales, values * value_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +91,26 @@ class _Span:
 
 
 class Reference:
-    """Every call of `Kernels`, composed from `linear`."""
+    """Every call of `Kernels`, composed from `linear`.
+
+    Attributes:
+        device: where everything is.
+        dtype: of weights and of what passes between the calls.
+        activation_bits: 8 rounds the input of linears with quantized weights (`rounded`);
+            weights are then float64. None does not.
+    """
 
     name = "reference"
 
-    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        activation_bits: Literal[8] | None = None,
+    ):
         self.device = torch.device(device)
         self.dtype = dtype
+        self.activation_bits = activation_bits
         self._blocks = self.device.type == "cpu" and _has_blocked_linear(dtype)
         self._stored: slice | Tensor = slice(0)  # where this pass's keys and values go
         self._spans: tuple[_Span, ...] = ()
@@ -72,10 +124,16 @@ class Reference:
         lookup: bool = False,
     ) -> Matrix:
         """Stack the parts as rows; `gated` needs no other order here."""
-        plain = [p.dequantize() if isinstance(p, QTensor) else p for p in parts]
-        rows = torch.cat([p.to(self.device, self.dtype) for p in plain])
-        matrix = Matrix(rows, None, None if bias is None else bias.to(self.device, self.dtype))
-        if not lookup:
+        dtype = torch.float64 if self.activation_bits else self.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        plain = [p.dequantize(wide) if isinstance(p, QTensor) else p for p in parts]
+        rows = torch.cat([p.to(self.device, dtype) for p in plain])
+        matrix = Matrix(rows, None, None if bias is None else bias.to(self.device, dtype))
+        if self.activation_bits:
+            is_quantized = torch.tensor([isinstance(p, QTensor) for p in parts])
+            n_rows = torch.tensor([p.shape[0] for p in parts])
+            matrix.quantized = is_quantized.repeat_interleave(n_rows).to(self.device)
+        elif not lookup:
             self._block(matrix)
             matrix.rows = matrix.rows if matrix.blocked is None else None
         return matrix
@@ -83,16 +141,37 @@ class Reference:
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Cache:
         """Memory in `dtype`; the system gives pages when they are first written."""
         size = (shape.n_layers, shape.n_kv_heads, slots, shape.head_dim)
-        dtype = {"auto": self.dtype, "f32": torch.float32, "bf16": torch.bfloat16}[form]
+        dtype = {
+            "auto": self.dtype, "f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8,
+        }[form]  # fmt: skip
         keys, values = (torch.empty(size, dtype=dtype, device=self.device) for _ in range(2))
-        return Cache(shape, keys, values)
+        scales = torch.empty((2, *size[:-1]), device=self.device) if form == "int8" else None
+        return Cache(shape, keys, values, scales)
 
-    def run(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    def n_bytes(self, weight: Matrix) -> int:
+        """Of one of the two layouts: only one is multiplied."""
+        matrix = weight.rows if weight.blocked is None else weight.blocked
+        return sum(t.numel() * t.element_size() for t in (matrix, weight.bias) if t is not None)
+
+    def slot_bytes(self, cache: Cache) -> int:
+        """Codes and their scales."""
+        slots = cache.keys.shape[2]
+        held = (cache.keys, cache.values, cache.scales)
+        return sum(tensor.nbytes for tensor in held if tensor is not None) // slots
+
+    def run(
+        self, forward: Callable[[Batch], Tensor], batch: Batch, cache: Cache | None = None
+    ) -> Tensor:
         """Call `forward`; what every layer's attention needs is worked out once."""
         with torch.inference_mode():
             self._stored = _as_slice(batch.slot)
             self._spans = tuple(_spans(batch))
             return forward(batch)
+
+    def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
+        """(T,) times (E / 2,) -> (T, E / 2) float32 each."""
+        angle = position.float().unsqueeze(-1) * frequencies
+        return angle.cos(), angle.sin()
 
     def embed(self, batch: Batch, weight: Matrix) -> Tensor:
         """(T, D) float32."""
@@ -101,6 +180,8 @@ class Reference:
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """(T, I) -> (T, O) in `dtype`."""
+        if weight.quantized is not None:
+            return _linear_of_rounded(x, weight).to(self.dtype)
         if weight.blocked is None:
             self._block(weight)  # a look-up table that is the head as well
         if weight.blocked is None:
@@ -121,17 +202,17 @@ class Reference:
         """(T, (H + 2K) E) -> (T, H E)."""
         kv_heads = cache.shape.n_kv_heads
         heads = qkv.view(qkv.shape[0], -1, cache.shape.head_dim)  # (T, H + 2K, E)
-        turned = _rotate(heads[:, :-kv_heads].float(), angles).to(cache.keys.dtype)
+        turned = _rotate(heads[:, :-kv_heads].float(), angles).to(cache.dtype)
         q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], heads[:, -kv_heads:]
-        keys, values = cache.keys[layer], cache.values[layer]  # (K, slots, E)
-        keys[:, self._stored] = k.transpose(0, 1)
-        values[:, self._stored] = v.to(values.dtype).transpose(0, 1)
+        cache.write(layer, self._stored, k, v)
         if len(self._spans) == 1:
-            out = _attend(q, keys, values, self._spans[0])
+            span = self._spans[0]
+            out = _attend(q, *cache.read(layer, span.slots), span)
         else:
             out = torch.empty_like(q)
             for span in self._spans:
-                out[span.tokens] = _attend(q[span.tokens], keys, values, span)
+                seen = cache.read(layer, span.slots)
+                out[span.tokens] = _attend(q[span.tokens], *seen, span)
         return out.reshape(qkv.shape[0], -1).to(self.dtype)
 
     def linear_add(self, x: Tensor, weight: Matrix, h: Tensor) -> None:
@@ -152,7 +233,7 @@ class Reference:
         return (h * scale).mul_(norm.weight).to(self.dtype)
 
     def _block(self, matrix: Matrix) -> None:
-        if self._blocks and matrix.rows is not None:
+        if self._blocks and matrix.rows is not None and matrix.quantized is None:
             matrix.blocked = torch.ops.mkldnn._reorder_linear_weight(matrix.rows, None)
 
 
@@ -171,6 +252,37 @@ def _has_blocked_linear(dtype: torch.dtype) -> bool:
         return False
 
 
+def rounded(x: Tensor) -> Tensor:
+    """x (T, I) as 8-bit codes times scales, float64: one scale for a token's 32 columns.
+
+    The last 32 may be fewer. All steps are float32: inverse = 127 / largest magnitude, code = x *
+    inverse to the nearest integer, ties to even, scale = largest magnitude / 127.
+    """
+    n_columns = x.shape[-1]
+    groups = F.pad(x.float(), (0, -n_columns % 32)).view(len(x), -1, 32)
+    scale = _scale_of_8_bits(groups)
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(scale == 0, 0, torch.full_like(largest, 127) / largest)
+    codes = (groups * inverse).round()
+    return (codes.double() * scale).view(len(x), -1)[:, :n_columns]
+
+
+def _scale_of_8_bits(x: Tensor) -> Tensor:
+    """The largest magnitude of the last dimension / 127; 0 where that would be subnormal."""
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = largest / torch.full_like(largest, 127)  # torch divides by numbers as it sees fit
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
+
+
+def _linear_of_rounded(x: Tensor, weight: Matrix) -> Tensor:
+    """W x in float64: rows that were quantized times the rounded x, others times x itself."""
+    assert weight.rows is not None
+    assert weight.quantized is not None
+    exact, coded = (given @ weight.rows.T for given in (x.double(), rounded(x)))
+    out = torch.where(weight.quantized, coded, exact)
+    return out if weight.bias is None else out + weight.bias
+
+
 def _rotate(x: Tensor, angles: Angles) -> Tensor:
     """Turn the pairs (x[i], x[i + E/2]) of x (T, heads, E) by the angles of each token."""
     cos, sin = (a.unsqueeze(1) for a in angles)  # (T, 1, E / 2)
@@ -179,8 +291,8 @@ def _rotate(x: Tensor, angles: Angles) -> Tensor:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, span: _Span) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v for one row: q (T, H, E), keys and values (K, slots, E)."""
-    k, v = keys[:, span.slots].unsqueeze(0), values[:, span.slots].unsqueeze(0)  # (1, K, S, E)
+    """softmax(q k^T / sqrt(E)) v for one row: q (T, H, E), keys and values (K, S, E)."""
+    k, v = keys.unsqueeze(0), values.unsqueeze(0)  # (1, K, S, E)
     if q.shape[0] == 1:  # the heads that share a key are the queries: no copy of keys
         out = F.scaled_dot_product_attention(q.view(1, k.shape[1], -1, q.shape[2]), k, v)
         return out.view(q.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llamachat.architecture import ModelConfig
 from llamachat.errors import DamagedFileError
 from llamachat.kernels import Batch, Cache, CacheShape, Kernels, Norm, Weight
-from llamachat.model.rope import angles, inverse_frequencies
+from llamachat.model.rope import inverse_frequencies
 from llamachat.quant.tensor import QTensor
 
 T = TypeVar("T")
@@ -57,14 +57,30 @@ class Decoder:
         shape = CacheShape(config.n_layers, config.n_kv_heads, config.head_dim)
         return self.kernels.cache(shape, slots, form)
 
+    def bytes_per_token(self, cache: Cache, depth: int) -> int:
+        """What one step of decoding reads: every weight once and `depth` tokens of the cache.
+
+        Of an embedding table that is not the head, too, it is one row.
+        """
+        n_bytes = self.kernels.n_bytes
+        norms = [self.norm, *(n for b in self.blocks for n in (b.attention_norm, b.ffn_norm))]
+        weights = [w for b in self.blocks for w in (b.qkv, b.o, b.gate_up, b.down)]
+        row = 0 if self.config.tied else n_bytes(self.embedding) // self.config.vocab_size
+        return (
+            sum(norm.weight.nbytes for norm in norms)
+            + sum(n_bytes(weight) for weight in (*weights, self.head))
+            + row
+            + depth * self.kernels.slot_bytes(cache)
+        )
+
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """Logits (L, V) float32 of the tokens that `batch` wants."""
         kernels = self.kernels
-        turn = angles(batch.position, self.frequencies)
+        angles = kernels.angles(batch.position, self.frequencies)
         h = kernels.embed(batch, self.embedding)  # (T, D)
         for layer, block in enumerate(self.blocks):
             qkv = kernels.norm_linear(h, block.attention_norm, block.qkv)
-            mixed = kernels.attention(qkv, turn, batch, cache, layer)
+            mixed = kernels.attention(qkv, angles, batch, cache, layer)
             kernels.linear_add(mixed, block.o, h)
             gated = kernels.norm_swiglu(h, block.ffn_norm, block.gate_up)
             kernels.linear_add(gated, block.down, h)
@@ -72,7 +88,7 @@ class Decoder:
 
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
         """One pass through the backend: logits (L, V) float32."""
-        return self.kernels.run(lambda static: self.forward(static, cache), batch)
+        return self.kernels.run(lambda static: self.forward(static, cache), batch, cache)
 
 
 def load_decoder(

@@ -26,12 +26,6 @@ def inverse_frequencies(config: ModelConfig, divisors: Tensor | None = None) -> 
     return frequencies.float()
 
 
-def angles(position: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cos and sin of position (T,) times frequencies (E / 2,): (T, E / 2) float32 each."""
-    angle = position.float().unsqueeze(-1) * frequencies
-    return angle.cos(), angle.sin()
-
-
 def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Linear: divide all. Llama 3: divide low frequencies, blend the middle ones."""
     if scaling.kind == "linear":

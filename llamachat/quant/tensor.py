@@ -54,13 +54,16 @@ class QTensor:
         mins = None if self.mins is None else self.mins[index]
         return replace(self, codes=self.codes[index], scales=self.scales[index], mins=mins)
 
-    def dequantize(self) -> Tensor:
-        """The (O, I) float32 matrix; products and sums are rounded once each, to float32."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The (O, I) matrix; products and sums are rounded once each, to `dtype`.
+
+        `dtype` is float32 or float64.
+        """
         out, groups = self.scales.shape
         values = self._values().view(out, groups, self.group_size)  # (O, I) -> (O, G, group)
-        values = values * self.scales.float().unsqueeze(-1)
+        values = values.to(dtype) * self.scales.to(dtype).unsqueeze(-1)
         if self.mins is not None:
-            values += self.mins.float().unsqueeze(-1)
+            values += self.mins.to(dtype).unsqueeze(-1)
         return values.view(self.shape)
 
     def _values(self) -> Tensor:

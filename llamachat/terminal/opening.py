@@ -30,7 +30,10 @@ class Run:
     ctx_size: int | None
     threads: int | None
     device: str
+    backend: str
     dtype: str
+    quantize: str
+    kv_cache: str
     template: str | None
     stop: tuple[str, ...]
     offline: bool
@@ -111,7 +114,10 @@ def _load(run: Run) -> Model:
             return load(
                 run.model,
                 device=run.device,
+                backend=run.backend,
                 dtype=run.dtype,
+                quantize=run.quantize,
+                kv_cache=run.kv_cache,
                 ctx_size=run.ctx_size,
                 threads=run.threads,
                 revision=run.revision,

@@ -1,0 +1,72 @@
+"""`llamachat bench`: how fast models are here, and what that is of what memory allows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from llamachat.cli.flags import Json, Text, Verbose, option
+
+
+def bench(
+    *,
+    model: Annotated[
+        Text, option("--model", "-m", metavar="MODEL,...", help="Aliases, org/name, or paths.")
+    ] = None,
+    n_prompt: Annotated[
+        str, option("--n-prompt", "-p", metavar="N,...", help="Prompt tokens; 0: none [512].")
+    ] = "512",
+    n_gen: Annotated[
+        str, option("--n-gen", "-n", metavar="N,...", help="Tokens one by one; 0: none [128].")
+    ] = "128",
+    depth: Annotated[
+        str, option("--depth", "-d", metavar="N,...", help="Tokens of context before them [0].")
+    ] = "0",
+    threads: Annotated[
+        Text, option("--threads", "-t", metavar="N,...", help="[default: physical cores]")
+    ] = None,
+    repetitions: Annotated[
+        int, option("--repetitions", "-r", metavar="N", help="Of each test [5].")
+    ] = 5,
+    quantize: Annotated[
+        str, option("--quantize", metavar="FORM,...", help="auto; none: unpack weights.")
+    ] = "auto",
+    output: Annotated[
+        Text, option("--output", "-o", metavar="FORM", help="md [default], json, jsonl, csv.")
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure speed as llama-bench does, and the memory bandwidth that bounds it."""
+    from dataclasses import asdict
+
+    from llamachat import settings
+    from llamachat.library.store import resolve
+    from llamachat.measure.plan import plan
+    from llamachat.terminal.failure import Notices
+    from llamachat.terminal.interrupts import left_at_once
+    from llamachat.terminal.progress import Status, download_progress
+    from llamachat.terminal.reports import form_of, show_rows
+
+    form = form_of(output, json=json)
+    asked = plan(
+        model or settings.default_model(),
+        quantize=quantize,
+        threads=threads,
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        depth=depth,
+        repetitions=repetitions,
+    )
+    notices, status = Notices(), Status()
+    with download_progress(quiet=False) as progress:
+        for name in asked.models:
+            resolve(name, notice=notices, progress=progress)
+    with left_at_once():
+        from llamachat.measure.bench import measure
+
+    def notice(line: str) -> None:
+        status.clear()
+        notices(line)
+
+    rows = measure(asked, status=status.show, notice=notice)
+    show_rows(map(asdict, rows), form, status)

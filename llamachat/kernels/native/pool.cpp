@@ -1,0 +1,162 @@
+#include "pool.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+
+#ifndef _WIN32
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kSpin = std::chrono::microseconds(200);  // longer than the gaps between calls of one token
+
+// How often this process came out of fork(): threads of before are not there any more.
+std::atomic<int> forks{0};
+
+void watch_forks() {
+#ifndef _WIN32
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+    (void)registered;
+#endif
+}
+
+inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+inline void yield() { std::this_thread::yield(); }
+
+}  // namespace
+
+// The threads and the one job they share. `state` is epoch * 2^16 + joined * 2 + open: a worker joins
+// an open job by raising `joined`; closing it tells the caller for how many to wait.
+struct Crew {
+    alignas(64) std::atomic<uint64_t> state{0};
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<uint64_t> finished{0};
+    alignas(64) std::atomic<int> sleeping{0};
+    Pool::Call call = nullptr;
+    const void* work = nullptr;
+    int64_t n_units = 0;
+    Clock::time_point deadline;
+    bool ends = false;
+    int born = 0;  // the value of `forks`
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::vector<std::thread> threads;
+
+    explicit Crew(int n_threads) : born(forks.load()) {
+        for (int i = 1; i < n_threads; ++i) threads.emplace_back([this, i] { serve(i); });
+    }
+
+    ~Crew() {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            ends = true;
+        }
+        wake.notify_all();
+        for (auto& thread : threads) thread.join();
+    }
+
+    static uint64_t epoch_of(uint64_t state) { return state >> 16; }
+
+    void take(int thread, bool first) {
+        while (first || Clock::now() < deadline) {
+            first = false;
+            const int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
+            if (unit >= n_units) return;
+            call(work, unit, thread);
+        }
+    }
+
+    void serve(int thread) {
+        uint64_t seen = 0;
+        while (wait_for_job(seen)) {
+            uint64_t now = state.load(std::memory_order_acquire);
+            seen = epoch_of(now);
+            while (now & 1) {
+                if (epoch_of(now) != seen) break;
+                if (!state.compare_exchange_weak(now, now + 2, std::memory_order_acquire)) continue;
+                take(thread, false);
+                finished.fetch_add(1, std::memory_order_release);
+                break;
+            }
+        }
+    }
+
+    bool wait_for_job(uint64_t seen) {
+        const auto until = Clock::now() + kSpin;
+        for (int i = 0; epoch_of(state.load(std::memory_order_acquire)) == seen; ++i) {
+            pause();
+            if (i % 64 == 63 && Clock::now() > until) return sleep_until_job(seen);
+        }
+        return true;
+    }
+
+    bool sleep_until_job(uint64_t seen) {
+        std::unique_lock<std::mutex> lock(mutex);
+        sleeping.fetch_add(1);
+        wake.wait(lock, [&] { return ends || epoch_of(state.load()) != seen; });
+        sleeping.fetch_sub(1);
+        return !ends;
+    }
+
+    void share(Pool::Call call_, const void* work_, int64_t from, int64_t n) {
+        call = call_, work = work_, n_units = n;
+        deadline = Clock::now() + kSlice;
+        next.store(from, std::memory_order_relaxed);
+        finished.store(0, std::memory_order_relaxed);
+        state.store(((epoch_of(state.load()) + 1) << 16) | 1);
+        if (sleeping.load() > 0) {
+            std::lock_guard<std::mutex> lock(mutex);
+            wake.notify_all();
+        }
+        take(0, true);
+        const uint64_t joined = (state.fetch_and(~uint64_t{1}, std::memory_order_acq_rel) & 0xFFFF) >> 1;
+        for (int i = 0; finished.load(std::memory_order_acquire) != joined; ++i) {
+            pause();
+            if (i % 4096 == 4095) yield();
+        }
+    }
+};
+
+Pool::Pool(int threads, const Kernel* kernel_) : kernel(kernel_), n_threads(threads) {
+    watch_forks();
+    crew_ = new Crew(threads);
+}
+
+Pool::~Pool() {
+    if (crew_->born == forks.load()) delete crew_;  // after a fork its threads cannot be joined
+    ::operator delete(scratch_, std::align_val_t{64});
+}
+
+uint8_t* Pool::scratch(int64_t n_bytes) {
+    if (n_bytes > scratch_bytes_) {
+        ::operator delete(scratch_, std::align_val_t{64});
+        scratch_ = ::operator new(static_cast<size_t>(n_bytes), std::align_val_t{64}, std::nothrow);
+        scratch_bytes_ = scratch_ ? n_bytes : 0;
+    }
+    return static_cast<uint8_t*>(scratch_);
+}
+
+int64_t Pool::run(int64_t from, int64_t n, Call call, const void* work) {
+    if (n_threads == 1 || n - from == 1) {
+        const auto deadline = Clock::now() + kSlice;
+        do call(work, from++, 0);
+        while (from < n && Clock::now() < deadline);
+        return from;
+    }
+    if (crew_->born != forks.load()) crew_ = new Crew(n_threads);  // the old one's locks may be held for ever
+    crew_->share(call, work, from, n);
+    return std::min(n, crew_->next.load(std::memory_order_relaxed));
+}

@@ -1,0 +1,54 @@
+// Threads that share out units of work. A job never waits for a thread that has not begun.
+
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "abi.h"
+
+constexpr auto kSlice = std::chrono::milliseconds(30);  // of work between two chances to be interrupted
+
+struct Crew;
+struct Kernel;  // what one instruction set offers (kernel.h)
+
+struct Pool {
+    Pool(int n_threads, const Kernel* kernel);
+    ~Pool();
+    Pool(const Pool&) = delete;
+
+    const Kernel* const kernel;
+    const int n_threads;
+
+    // Memory of at least n bytes, aligned to 64, the caller's until the next call of `scratch`.
+    // Null if there is none.
+    uint8_t* scratch(int64_t n_bytes);
+
+    // Calls work(unit, thread) once for each unit in [from, n), on any thread in any order. Stops
+    // giving out units when the time slice is over, but not before one is done; returns the first
+    // unit that was not done, n if all were.
+    template <class Work>
+    int64_t each(int64_t from, int64_t n, const Work& work) {
+        if (from >= n) return n;
+        return run(from, n, [](const void* it, int64_t unit, int thread) {
+            (*static_cast<const Work*>(it))(unit, thread);
+        }, &work);
+    }
+    // The same to the end, whatever time it takes: for little work.
+    template <class Work>
+    void all(int64_t n, const Work& work) {
+        for (int64_t from = 0; from < n;) from = each(from, n, work);
+    }
+
+    using Call = void (*)(const void* work, int64_t unit, int thread);
+
+  private:
+    int64_t run(int64_t from, int64_t n, Call call, const void* work);
+
+    Crew* crew_;
+    void* scratch_ = nullptr;
+    int64_t scratch_bytes_ = 0;
+};

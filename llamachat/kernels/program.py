@@ -1,0 +1,66 @@
+"""A pass as a list of operations that the native library runs in one call.
+
+The decoder describes a pass by calling the backend; nothing of what it gets back is read before
+the pass is over. So the calls can be written down, run at once, and run again for the next token
+with other ids: what a token costs in Python does not grow with the number of layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llamachat.kernels import Batch, abi
+
+Call = abi.Angles | abi.Embed | abi.Gather | abi.Attention | abi.Linear
+
+
+@dataclass(slots=True)
+class Program:
+    """Operations over buffers of their own.
+
+    Attributes:
+        pass_: what the operations read of a batch.
+        calls: in order.
+        result: what the last one writes.
+    """
+
+    pass_: abi.Pass = field(default_factory=abi.Pass)
+    calls: list[Call] = field(default_factory=list)
+    result: Tensor | None = None
+    _ops: ctypes.Array[abi.Op] | None = None
+    _buffers: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+    def buffer(self, kind: str, n: int, width: int) -> Tensor:
+        """Room for (n, width) float32, which lasts until the next call of its kind."""
+        key = (kind, n, width)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty((n, width))
+        return self._buffers[key]
+
+    def point_at(self, batch: Batch) -> None:
+        """Let the operations read this batch, which must outlive their run."""
+        it = self.pass_
+        it.ids, it.row, it.slot = batch.ids.data_ptr(), batch.row.data_ptr(), batch.slot.data_ptr()
+        it.seen, it.position = batch.seen.data_ptr(), batch.position.data_ptr()
+        it.table, it.wanted = batch.table.data_ptr(), batch.wanted.data_ptr()
+        it.n_tokens, it.n_wanted = len(batch.ids), len(batch.wanted)
+        it.table_stride = batch.table.stride(0)
+
+    def run(self, lib: ctypes.CDLL, pool: int) -> None:
+        """Run all of it; between two calls of the library an interrupt is answered.
+
+        Raises:
+            MemoryError: the library could not get memory.
+        """
+        if self._ops is None:
+            ops = [abi.Op(call.kind, ctypes.addressof(call)) for call in self.calls]
+            self._ops = (abi.Op * len(ops))(*ops)
+        progress = abi.Progress()
+        while (status := lib.lc_run(pool, self._ops, len(self._ops), progress)) > 0:
+            pass
+        if status < 0:
+            raise MemoryError("no memory for activations")
