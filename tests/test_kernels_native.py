@@ -158,6 +158,14 @@ def test_the_largest_codes_and_activations_do_not_saturate(
         assert found.tolist() == [[512 * value * activation]] * n
 
 
+def test_activations_half_way_between_codes_go_to_the_even_one(native: MakeNative) -> None:
+    codes = torch.eye(32, dtype=torch.int8)
+    weight = QTensor(codes, torch.ones(32, 1), bits=8, group_size=32)
+    x = torch.tensor([[127, 0.5, 1.5, 2.5, 63.5, 125.5, -0.5, -1.5, -2.5, -63.5] + [0.0] * 22])
+    found = native(1).linear(x, native(1).pack([weight]))
+    assert found[0, :10].tolist() == [127, 0, 2, 2, 64, 126, 0, -2, -2, -64]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_groups_without_weight_or_activation_add_nothing(native: MakeNative, form: str) -> None:
     weight, x = random_qtensor(form, (17, 96), 32), random(5, 96)

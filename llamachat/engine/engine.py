@@ -6,6 +6,7 @@ after a pass, so a reply may be abandoned (closed, interrupted) at any point.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,7 +160,7 @@ class Engine:
         with self._all_or_nothing():
             self._slots.append(0, ids, slots)
         logits = logits[:, : self._n_ids]
-        if not bool(logits.amax().isfinite()):  # of NaN and anything, amax is NaN
+        if not math.isfinite(logits.amax().item()):  # of NaN and anything, amax is NaN
             raise DamagedFileError("the model's logits are not numbers: its weights are damaged")
         return logits
 
@@ -169,20 +170,20 @@ class Engine:
         """A pass over the next `ids` of row 0, and the slots it will fill."""
         n, start = len(ids), len(slots.rows[0].ids)
         new = slots.next_slots(n)
-        position = self._ints(range(start, start + n))
+        positions = range(start, start + n)
+        seen = range(start + 1, start + n + 1)
+        whole = torch.tensor([ids, [0] * n, new, seen, positions], dtype=torch.int32)  # one for all
+        id_, row, slot, seen_, position = whole.to(self._device).unbind()
         batch = Batch(
-            ids=self._ints(ids),
-            row=self._ints([0] * n),
-            slot=self._ints(new),
-            seen=position + 1,
+            ids=id_,
+            row=row,
+            slot=slot,
+            seen=seen_,
             position=position,
             table=slots.with_slots(0, new),
-            wanted=self._ints(range(n - wanted, n)),
+            wanted=torch.arange(n - wanted, n, dtype=torch.int32, device=self._device),
         )
         return batch, new
-
-    def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self._device)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

@@ -90,6 +90,9 @@ class SlotTable:
         self._write_at(row, start, self.rows[row].slots[start:])
 
     def _write_at(self, row: int, start: int, slots: Sequence[int]) -> None:
+        if len(slots) == 1:  # each step of decoding comes here: no tensor for one number
+            self.table[row, start] = slots[0]
+            return
         fresh = torch.tensor(slots, dtype=torch.int32, device=self.table.device)
         self.table[row, start : start + len(slots)] = fresh
 

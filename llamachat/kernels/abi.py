@@ -62,7 +62,7 @@ class Cache(Structure):
         ("values", c_void_p),
         ("key_scales", c_void_p),
         ("value_scales", c_void_p),
-        ("slots", c_int64),
+        ("chunk", c_int64),
         ("n_layers", c_int32),
         ("n_kv_heads", c_int32),
         ("head_dim", c_int32),

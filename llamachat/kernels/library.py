@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from llamachat import settings
@@ -30,7 +30,7 @@ def load_library() -> ctypes.CDLL:
     return _load(Path(named).absolute() if named else BUILT)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _load(path: Path) -> ctypes.CDLL:
     if not path.is_file():
         raise LibraryMissing(f"not built: no {path}")

@@ -7,6 +7,7 @@ on how a prompt is cut, or on the number of threads.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from ctypes import pointer
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from llamachat.kernels import Angles, Batch, CacheShape, Norm, abi, panels
 from llamachat.kernels.abi import instruction_sets
-from llamachat.kernels.memory import Arena
+from llamachat.kernels.memory import Arena, huge
 from llamachat.kernels.program import Call, Program
 from llamachat.quant.tensor import QTensor
 
 __all__ = ["Cache", "Native", "Weight", "instruction_sets"]
 
 GROUP = 16  # slots that lie side by side
+CHUNK = 256  # slots whose keys and values of all layers lie together
 KEPT_TOKENS = 16  # passes of up to so many are written down once
 
 
@@ -45,9 +47,9 @@ class Cache:
     Attributes:
         struct: for the library.
         shape: of one slot.
-        keys: (n_layers, K, slots / 16, E, 16).
-        values: (n_layers, K, slots, E).
-        scales: (2, n_layers, K, slots) float32, of 8-bit keys and values; or None.
+        keys: (chunks, n_layers, K, chunk / 16, E, 16).
+        values: (chunks, n_layers, K, chunk, E).
+        scales: (2, chunks, n_layers, K, chunk) float32, of 8-bit keys and values; or None.
         programs: of passes over this cache, by numbers of tokens and of wanted ones.
     """
 
@@ -114,20 +116,21 @@ class Native:
         return Weight(struct, packed, structs, bias, rows)
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Cache:
-        """Memory that the system gives page by page when it is first written."""
+        """Memory that the system gives chunk by chunk as a context grows."""
         form = "bf16" if form == "auto" else form
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[form]
-        slots = -(-slots // GROUP) * GROUP
-        size = (shape.n_layers, shape.n_kv_heads, slots, shape.head_dim)
-        keys = torch.empty((*size[:2], slots // GROUP, shape.head_dim, GROUP), dtype=dtype)
-        values = torch.empty(size, dtype=dtype)
-        scales = torch.empty((2, *size[:3])) if form == "int8" else None
+        chunk = min(CHUNK, -(-slots // GROUP) * GROUP)
+        size = (-(-slots // chunk), shape.n_layers, shape.n_kv_heads, chunk, shape.head_dim)
+        n_bytes = math.prod(size) * dtype.itemsize
+        keys = huge(n_bytes).view(dtype).view(*size[:3], chunk // GROUP, shape.head_dim, GROUP)
+        values = huge(n_bytes).view(dtype).view(size)
+        scales = torch.empty((2, *size[:4])) if form == "int8" else None
         struct = abi.Cache(
             keys=keys.data_ptr(),
             values=values.data_ptr(),
             key_scales=None if scales is None else scales[0].data_ptr(),
             value_scales=None if scales is None else scales[1].data_ptr(),
-            slots=slots,
+            chunk=chunk,
             n_layers=shape.n_layers,
             n_kv_heads=shape.n_kv_heads,
             head_dim=shape.head_dim,
@@ -143,7 +146,8 @@ class Native:
     def slot_bytes(self, cache: Cache) -> int:
         """Codes and their scales."""
         held = (cache.keys, cache.values, cache.scales)
-        return sum(tensor.nbytes for tensor in held if tensor is not None) // cache.values.shape[2]
+        slots = cache.values.shape[0] * cache.values.shape[3]
+        return sum(tensor.nbytes for tensor in held if tensor is not None) // slots
 
     def run(
         self, forward: Callable[[Batch], Tensor], batch: Batch, cache: Cache | None = None
@@ -157,10 +161,8 @@ class Native:
                 program = self._written(forward, batch)
                 if cache is not None and len(batch.ids) <= KEPT_TOKENS:
                     known[key] = program
-            assert program.result is not None
             program.point_at(batch)
-            program.run(self._lib, self._pool)
-            return program.result.clone()
+            return program.answer(self._lib, self._pool)
 
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
         """(T,) times (E / 2,) -> (T, E / 2) each."""

@@ -44,15 +44,16 @@ struct Weight {
     int32_t n_parts, gated;
 };
 
-// keys   (n_layers, K, slots / 16, E, 16): 16 slots side by side, one line for each of E
-// values (n_layers, K, slots, E)
-// int8: one float32 scale for each (layer, K, slot), of keys and of values
+// Slots lie in chunks, so that what a context has not reached yet is never touched:
+// keys   (chunks, n_layers, K, chunk / 16, E, 16): 16 slots side by side, one line for each of E
+// values (chunks, n_layers, K, chunk, E)
+// int8: one float32 scale for each (chunks, n_layers, K, chunk), of keys and of values
 struct Cache {
     void* keys;
     void* values;
     float* key_scales;
     float* value_scales;
-    int64_t slots;  // a multiple of 16
+    int64_t chunk;  // slots; a multiple of 16
     int32_t n_layers, n_kv_heads, head_dim, form;
 };
 

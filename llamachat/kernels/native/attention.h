@@ -20,7 +20,7 @@ class AttentionPass {
     static constexpr int64_t kQueries = 48;          // of a run: tokens times heads; one token may have more
     static constexpr int64_t kFewQueries = 12;       // so few read the cache as it is
     static constexpr int64_t kStoredTokens = 16;     // of a unit: they share lines of keys
-    static constexpr int64_t kLittleWork = 1 << 17;  // multiplications: less than waking a thread
+    static constexpr int64_t kLittleWork = 1 << 14;  // multiplications: less than sharing them costs
     static constexpr int64_t kUnitsPerThread = 8;    // where units are apart
     static constexpr int64_t kPartialBytes = 16 << 20;
 
@@ -60,7 +60,7 @@ class AttentionPass {
     int64_t run(int64_t from) {
         if (pass_.n_tokens == 0) return 0;
         if (!plan()) return -1;
-        const int64_t stores = ceil_div(pass_.n_tokens, kStoredTokens);
+        const int64_t stores = kv_heads_ * ceil_div(pass_.n_tokens, kStoredTokens);
         if (from == 0) all(stores, [&](int64_t unit, int thread) { store(unit, thread); });
         const int64_t n = kv_heads_ * n_runs_ * (span_ ? ceil_div(n_blocks_, span_) : 1);
         const int64_t next = each(from, n, [&](int64_t unit, int thread) {
@@ -142,9 +142,11 @@ class AttentionPass {
     void store(int64_t unit, int thread) const {
         const Room here = room(thread);
         auto* coded = reinterpret_cast<typename Stored::T*>(here.values);
-        const int64_t end = smaller(pass_.n_tokens, (unit + 1) * kStoredTokens);
-        for (int64_t t = unit * kStoredTokens; t < end; ++t)
-            remember<V, kForm>(args_, t, padded_, here.keys, coded);
+        const int64_t first = unit / kv_heads_ * kStoredTokens, head = unit % kv_heads_;
+        const int64_t end = smaller(pass_.n_tokens, first + kStoredTokens);
+        if (head == 0) expect<V, kForm>(args_, first, head);
+        if (head + 1 < kv_heads_) expect<V, kForm>(args_, first, head + 1);
+        for (int64_t t = first; t < end; ++t) remember<V, kForm>(args_, t, head, padded_, here.keys, coded);
     }
 
     // What the first block gives becomes the state that the others are merged into.
@@ -231,9 +233,9 @@ class AttentionPass {
         }
     }
 
-    // Whether slots are consecutive and begin a line of keys.
-    static bool are_line(const int32_t* slots, int64_t n) {
-        bool consecutive = slots[0] % 16 == 0;
+    // Whether slots are consecutive in one chunk and begin a line of keys.
+    bool are_line(const int32_t* slots, int64_t n) const {
+        bool consecutive = slots[0] % 16 == 0 && slots[0] % cache_.chunk + n <= cache_.chunk;
         for (int64_t i = 1; i < n; ++i) consecutive &= slots[i] == slots[0] + i;
         return consecutive;
     }

@@ -9,6 +9,8 @@
 #include "simd.h"
 
 constexpr int64_t kActBytes = 48;  // of a token's block, see Acts
+constexpr int64_t kAhead = 512;   // bytes, that lines are fetched before they are needed
+constexpr int64_t kShortTokens = 16;
 constexpr int64_t kUnitBytes = 32 << 10;  // of weights that a unit of work reads for few tokens
 
 // One block of a tile of n tokens at 8 bits, x = d q:
@@ -131,12 +133,8 @@ void tile(const TileArgs& args) {
             dot_lines<V, kKind, kLines / kParts, N>(line, x, start, book, sums);
 #pragma GCC unroll 2
             for (int r = 0; r < 2; ++r) {
-                __builtin_prefetch(line[r] + 2048);
-                __builtin_prefetch(line[r] + 2048 + 64);
-                if constexpr (!kHalves || kKind == kSigned) {
-                    __builtin_prefetch(line[r] + 2048 + 128);
-                    __builtin_prefetch(line[r] + 2048 + 192);
-                }
+#pragma GCC unroll 8
+                for (int j = 0; j < kLines / kParts; ++j) __builtin_prefetch(line[r] + kAhead + 64 * j);
                 const F scale = V::load_f16(scales[r]);
 #pragma GCC unroll 8
                 for (int t = 0; t < N; ++t)

@@ -41,23 +41,28 @@ struct RowReader {
     }
 };
 
-// d = absmax / 127, q = round(x / d); a block with a NaN or an infinity has d = NaN.
+// d = absmax / 127, q = round(x / d); a block with a NaN or an infinity has d = NaN and q = 0.
 template <class V>
 void quantize_block(typename V::F first, typename V::F second, const Acts& out, int64_t t) {
     const auto zero = V::zero();
-    const auto poison = V::fma(first, zero, V::mul(second, zero));
+    const float nan_or_zero = V::sum(V::fma(first, zero, V::mul(second, zero)));
     const float most = V::largest(V::max(V::abs(first), V::abs(second)));
     const float scale = most / 127.0f;
-    const bool empty = scale < 1.17549435e-38f;  // the smallest normal number
-    const auto inverse = V::set(empty ? 0.0f : 127.0f / most);
+    if (!(scale >= 1.17549435e-38f) || nan_or_zero != 0) {  // below the smallest normal number
+        std::memset(out.q(t), 0, kBlock);
+        out.d(t) = out.d_sum(t) = nan_or_zero;
+        out.minus_first(t) = out.minus_sum(t) = 0;
+        return;
+    }
+    const auto inverse = V::set(127.0f / most);
     const auto a = V::round(V::mul(first, inverse)), b = V::round(V::mul(second, inverse));
     V::store_i8(out.q(t), a);
     V::store_i8(out.q(t) + 16, b);
     const float first_sum = V::sum(a), sum = first_sum + V::sum(b);  // of small integers: exact
-    out.d(t) = (empty ? 0.0f : scale) + V::sum(poison);
+    out.d(t) = scale;
     out.minus_first(t) = static_cast<int32_t>(-first_sum);
     out.minus_sum(t) = static_cast<int32_t>(-sum);
-    out.d_sum(t) = out.d(t) * sum;
+    out.d_sum(t) = scale * sum;
 }
 
 template <class V>
@@ -78,13 +83,20 @@ class Matmul {
         if (!acts_) return -1;
         if (from == 0) prepare();
         const int64_t n = n_units();
-        const int64_t next = pool_.each(from, n, [&](int64_t unit, int) { multiply(unit); });
+        const auto work = [&](int64_t unit, int) { multiply(unit); };
+        if (is_short()) {
+            pool_.all(n, work);
+            return 0;
+        }
+        const int64_t next = pool_.each(from, n, work);
         return next == n ? 0 : next;
     }
 
   private:
     static constexpr int64_t kTile = V::kTile;
 
+    // Bound by memory, and over before long.
+    bool is_short() const { return args_.n_tokens <= kShortTokens; }
     int64_t tokens_stride() const { return blocks_of(weight_.cols) * kActBytes; }
     int64_t n_tiles() const { return ceil_div(args_.n_tokens, kTile); }
     int64_t tile_tokens(int64_t tile) const { return smaller(kTile, args_.n_tokens - tile * kTile); }
@@ -120,13 +132,16 @@ class Matmul {
         std::memcpy(out, all, static_cast<size_t>(n) * sizeof(float));
     }
 
-    // Panels of a part that one unit of work multiplies: pairs, so many that few tokens read
-    // kUnitBytes.
-    int64_t unit_panels(const Panels& part) const {
-        const int64_t pair = 2 * panel_bytes(part);
-        return args_.n_tokens > kTile ? 2 : 2 * larger(1, kUnitBytes / larger(pair, 1));
+    // A part is multiplied in pairs of panels, one of each half, so that memory is read in two
+    // long streams; a gated weight in pairs of gate and up. A unit of work is so many pairs that few
+    // tokens read kUnitBytes.
+    int64_t pairs_of(const Panels& part) const {
+        return weight_.gated ? panels_of(part) : ceil_div(panels_of(part), 2);
     }
-    int64_t units_of(const Panels& part) const { return ceil_div(panels_of(part), unit_panels(part)); }
+    int64_t unit_pairs(const Panels& part) const {
+        return is_short() ? larger(1, kUnitBytes / (2 * panel_bytes(part))) : 1;
+    }
+    int64_t units_of(const Panels& part) const { return ceil_div(pairs_of(part), unit_pairs(part)); }
 
     int64_t n_units() const {
         int64_t n = 0;
@@ -138,24 +153,24 @@ class Matmul {
         int64_t row = 0;
         const Panels* part = weight_.parts;
         for (; unit >= units_of(*part); row += part->rows, ++part) unit -= units_of(*part);
-        const int64_t step = unit_panels(*part), first = unit * step;
-        const int64_t end = smaller(first + step, panels_of(*part));
-        if (weight_.gated) {
-            for (int64_t p = first; p < end; ++p) multiply_gated(p);
-        } else {
-            for (int64_t p = first; p < end; p += 2) multiply_pair(*part, p, smaller(p + 1, end - 1), row);
+        const int64_t first = unit * unit_pairs(*part), end = smaller(first + unit_pairs(*part), pairs_of(*part));
+        for (int64_t pair = first; pair < end; ++pair) {
+            if (weight_.gated) multiply_gated(pair);
+            else multiply_pair(*part, pair, row);
         }
     }
 
-    // Panels `first` and `second` (which may be the same one) of a part whose rows begin at `row`.
-    void multiply_pair(const Panels& part, int64_t first, int64_t second, int64_t row) {
+    // A pair of panels of a part whose rows begin at `row` of the product.
+    void multiply_pair(const Panels& part, int64_t pair, int64_t row) {
+        const int64_t far = pair + pairs_of(part);
+        const int64_t panels[2] = {pair, far < panels_of(part) ? far : pair};
         float out[2 * kTile * kRows];
         for (int64_t tile = 0; tile < n_tiles(); ++tile) {
             const int64_t n = tile_tokens(tile);
-            product(part, panel_of(part, first), panel_of(part, second), tile, out);
-            for (int64_t r = 0; r <= second - first; ++r)
+            product(part, panel_of(part, panels[0]), panel_of(part, panels[1]), tile, out);
+            for (int r = 0; r < (panels[0] == panels[1] ? 1 : 2); ++r)
                 for (int64_t t = 0; t < n; ++t)
-                    put(tile * kTile + t, row + (first + r) * kRows, part.rows - (first + r) * kRows,
+                    put(tile * kTile + t, row + panels[r] * kRows, part.rows - panels[r] * kRows,
                         out + (r * n + t) * kRows);
         }
     }

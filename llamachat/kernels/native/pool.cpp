@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <new>
 
@@ -41,21 +42,26 @@ inline void yield() { std::this_thread::yield(); }
 // The threads and the one job they share. `state` is epoch * 2^16 + joined * 2 + open: a worker joins
 // an open job by raising `joined`; closing it tells the caller for how many to wait.
 struct Crew {
+    struct alignas(64) Range {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
     alignas(64) std::atomic<uint64_t> state{0};
-    alignas(64) std::atomic<int64_t> next{0};
     alignas(64) std::atomic<uint64_t> finished{0};
     alignas(64) std::atomic<int> sleeping{0};
     Pool::Call call = nullptr;
     const void* work = nullptr;
-    int64_t n_units = 0;
+    int n_ranges = 0;
+    std::unique_ptr<Range[]> ranges;
+    int born;  // the value of `forks`
     Clock::time_point deadline;
     bool ends = false;
-    int born = 0;  // the value of `forks`
     std::mutex mutex;
     std::condition_variable wake;
     std::vector<std::thread> threads;
 
-    explicit Crew(int n_threads) : born(forks.load()) {
+    explicit Crew(int n_threads) : ranges(new Range[static_cast<size_t>(n_threads)]), born(forks.load()) {
         for (int i = 1; i < n_threads; ++i) threads.emplace_back([this, i] { serve(i); });
     }
 
@@ -70,12 +76,14 @@ struct Crew {
 
     static uint64_t epoch_of(uint64_t state) { return state >> 16; }
 
-    void take(int thread, bool first) {
-        while (first || Clock::now() < deadline) {
-            first = false;
-            const int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
-            if (unit >= n_units) return;
-            call(work, unit, thread);
+    // Units of one's own range first, then of the others'.
+    void take(int thread) {
+        for (int i = 0; i < n_ranges; ++i) {
+            Range& range = ranges[(thread + i) % n_ranges];
+            for (int64_t unit; (unit = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+                call(work, unit, thread);
+                if (n_ranges == 1 && Clock::now() > deadline) return;
+            }
         }
     }
 
@@ -87,7 +95,7 @@ struct Crew {
             while (now & 1) {
                 if (epoch_of(now) != seen) break;
                 if (!state.compare_exchange_weak(now, now + 2, std::memory_order_acquire)) continue;
-                take(thread, false);
+                take(thread);
                 finished.fetch_add(1, std::memory_order_release);
                 break;
             }
@@ -111,17 +119,22 @@ struct Crew {
         return !ends;
     }
 
-    void share(Pool::Call call_, const void* work_, int64_t from, int64_t n) {
-        call = call_, work = work_, n_units = n;
-        deadline = Clock::now() + kSlice;
-        next.store(from, std::memory_order_relaxed);
+    // One range: all threads take units in order until the slice is over. Else one range for each
+    // thread, to the end.
+    void share(Pool::Call call_, const void* work_, int64_t from, int64_t n, int n_ranges_) {
+        call = call_, work = work_, n_ranges = n_ranges_;
+        if (n_ranges == 1) deadline = Clock::now() + kSlice;
+        for (int i = 0; i < n_ranges; ++i) {
+            ranges[i].next.store(from + (n - from) * i / n_ranges, std::memory_order_relaxed);
+            ranges[i].end = from + (n - from) * (i + 1) / n_ranges;
+        }
         finished.store(0, std::memory_order_relaxed);
         state.store(((epoch_of(state.load()) + 1) << 16) | 1);
         if (sleeping.load() > 0) {
             std::lock_guard<std::mutex> lock(mutex);
             wake.notify_all();
         }
-        take(0, true);
+        take(0);
         const uint64_t joined = (state.fetch_and(~uint64_t{1}, std::memory_order_acq_rel) & 0xFFFF) >> 1;
         for (int i = 0; finished.load(std::memory_order_acquire) != joined; ++i) {
             pause();
@@ -149,14 +162,23 @@ uint8_t* Pool::scratch(int64_t n_bytes) {
     return static_cast<uint8_t*>(scratch_);
 }
 
-int64_t Pool::run(int64_t from, int64_t n, Call call, const void* work) {
-    if (n_threads == 1 || n - from == 1) {
-        const auto deadline = Clock::now() + kSlice;
-        do call(work, from++, 0);
-        while (from < n && Clock::now() < deadline);
-        return from;
-    }
+void Pool::crew_share(int64_t from, int64_t n, int n_ranges, Call call, const void* work) {
     if (crew_->born != forks.load()) crew_ = new Crew(n_threads);  // the old one's locks may be held for ever
-    crew_->share(call, work, from, n);
-    return std::min(n, crew_->next.load(std::memory_order_relaxed));
+    crew_->share(call, work, from, n, n_ranges);
+}
+
+int64_t Pool::run(int64_t from, int64_t n, Call call, const void* work) {
+    if (n_threads > 1 && n - from > 1) {
+        crew_share(from, n, 1, call, work);
+        return std::min(n, crew_->ranges[0].next.load(std::memory_order_relaxed));
+    }
+    const auto deadline = Clock::now() + kSlice;
+    do call(work, from++, 0);
+    while (from < n && Clock::now() < deadline);
+    return from;
+}
+
+void Pool::run_all(int64_t n, Call call, const void* work) {
+    if (n_threads > 1 && n > 1) return crew_share(0, n, n_threads, call, work);
+    for (int64_t unit = 0; unit < n; ++unit) call(work, unit, 0);
 }

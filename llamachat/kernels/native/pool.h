@@ -37,16 +37,21 @@ struct Pool {
             (*static_cast<const Work*>(it))(unit, thread);
         }, &work);
     }
-    // The same to the end, whatever time it takes: for little work.
+    // The same to the end, for work that takes less than a slice: units that follow each other are
+    // done by the same thread as far as possible, so that it reads memory in order.
     template <class Work>
     void all(int64_t n, const Work& work) {
-        for (int64_t from = 0; from < n;) from = each(from, n, work);
+        run_all(n, [](const void* it, int64_t unit, int thread) {
+            (*static_cast<const Work*>(it))(unit, thread);
+        }, &work);
     }
 
     using Call = void (*)(const void* work, int64_t unit, int thread);
 
   private:
     int64_t run(int64_t from, int64_t n, Call call, const void* work);
+    void run_all(int64_t n, Call call, const void* work);
+    void crew_share(int64_t from, int64_t n, int n_ranges, Call call, const void* work);
 
     Crew* crew_;
     void* scratch_ = nullptr;

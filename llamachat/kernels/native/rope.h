@@ -36,22 +36,23 @@ struct Element<V, kCacheInt8> {
 template <class V, CacheForm kForm>
 struct CachedHead {
     using T = typename Element<V, kForm>::T;
-    T *keys, *values;
-    float *key_scales, *value_scales;  // null unless int8
-    int64_t head_dim;
+    const Cache& cache;
+    int64_t first, per_chunk;  // of this head's slots in the first chunk; from one chunk to the next
 
-    CachedHead(const Cache& cache, int64_t layer, int64_t head) : head_dim(cache.head_dim) {
-        const int64_t first = (layer * cache.n_kv_heads + head) * cache.slots;
-        keys = static_cast<T*>(cache.keys) + first * head_dim;
-        values = static_cast<T*>(cache.values) + first * head_dim;
-        key_scales = kForm == kCacheInt8 ? cache.key_scales + first : nullptr;
-        value_scales = kForm == kCacheInt8 ? cache.value_scales + first : nullptr;
+    CachedHead(const Cache& cache_, int64_t layer, int64_t head)
+        : cache(cache_), first((layer * cache.n_kv_heads + head) * cache.chunk),
+          per_chunk(cache.n_layers * cache.n_kv_heads * cache.chunk) {}
+
+    // Where a slot lies among all of all heads and layers.
+    int64_t at(int64_t slot) const { return slot / cache.chunk * per_chunk + first + slot % cache.chunk; }
+
+    // Of a slot: E elements, those of a key 16 apart.
+    T* key(int64_t slot) const {
+        return static_cast<T*>(cache.keys) + at(slot - slot % 16) * cache.head_dim + slot % 16;
     }
-    // Of a slot:
-    T* key(int64_t slot) const { return keys + slot / 16 * 16 * head_dim + slot % 16; }  // (E), stride 16
-    T* value(int64_t slot) const { return values + slot * head_dim; }                    // (E)
-    float* key_scale(int64_t slot) const { return key_scales ? key_scales + slot : nullptr; }
-    float* value_scale(int64_t slot) const { return value_scales ? value_scales + slot : nullptr; }
+    T* value(int64_t slot) const { return static_cast<T*>(cache.values) + at(slot) * cache.head_dim; }
+    float* key_scale(int64_t slot) const { return kForm == kCacheInt8 ? cache.key_scales + at(slot) : nullptr; }
+    float* value_scale(int64_t slot) const { return kForm == kCacheInt8 ? cache.value_scales + at(slot) : nullptr; }
 };
 
 // Turns the pairs (x[i], x[i + half]) by the angles of their token.
@@ -84,29 +85,35 @@ float encode(const float* x, int64_t n, typename Element<V, kForm>::T* out) {
     return scale;
 }
 
-// Writes the key and value of token t to its slot, for every head. `room` and `coded` hold `padded`
+// Fetches what `remember` will write of a head's keys: the lines of a slot are far apart.
+template <class V, CacheForm kForm>
+void expect(const Attention& args, int64_t t, int64_t h) {
+    const CachedHead<V, kForm> head(*args.cache, args.layer, h);
+    auto* key = head.key(args.pass->slot[t]);
+    for (int64_t e = 0; e < args.cache->head_dim; ++e) __builtin_prefetch(key + 16 * e, 1);
+}
+
+// Writes the key and value of token t and head h to its slot. `room` and `coded` hold `padded`
 // elements each, E rounded up to 16.
 template <class V, CacheForm kForm>
-void remember(const Attention& args, int64_t t, int64_t padded, float* room,
+void remember(const Attention& args, int64_t t, int64_t h, int64_t padded, float* room,
               typename Element<V, kForm>::T* coded) {
     const Cache& cache = *args.cache;
     const int64_t head_dim = cache.head_dim, half = head_dim / 2, slot = args.pass->slot[t];
     const int64_t width = (args.n_heads + 2 * cache.n_kv_heads) * head_dim;
-    const float* k = args.qkv + t * width + args.n_heads * head_dim;
+    const float* k = args.qkv + t * width + (args.n_heads + h) * head_dim;
     const float* v = k + cache.n_kv_heads * head_dim;
     std::memset(room + head_dim, 0, (padded - head_dim) * sizeof(float));
-    for (int64_t h = 0; h < cache.n_kv_heads; ++h) {
-        const CachedHead<V, kForm> head(cache, args.layer, h);
-        rotate<V>(k + h * head_dim, args.cosines + t * half, args.sines + t * half, half, 1.0f, room);
-        const float key_scale = encode<V, kForm>(room, padded, coded);
-        for (int64_t e = 0; e < head_dim; ++e) head.key(slot)[16 * e] = coded[e];
+    const CachedHead<V, kForm> head(cache, args.layer, h);
+    rotate<V>(k, args.cosines + t * half, args.sines + t * half, half, 1.0f, room);
+    const float key_scale = encode<V, kForm>(room, padded, coded);
+    for (int64_t e = 0; e < head_dim; ++e) head.key(slot)[16 * e] = coded[e];
 
-        std::memcpy(room, v + h * head_dim, head_dim * sizeof(float));
-        const float value_scale = encode<V, kForm>(room, padded, coded);
-        std::memcpy(head.value(slot), coded, head_dim * sizeof(*coded));
-        if constexpr (kForm == kCacheInt8) {
-            *head.key_scale(slot) = key_scale;
-            *head.value_scale(slot) = value_scale;
-        }
+    std::memcpy(room, v, head_dim * sizeof(float));
+    const float value_scale = encode<V, kForm>(room, padded, coded);
+    std::memcpy(head.value(slot), coded, head_dim * sizeof(*coded));
+    if constexpr (kForm == kCacheInt8) {
+        *head.key_scale(slot) = key_scale;
+        *head.value_scale(slot) = value_scale;
     }
 }
