@@ -106,7 +106,7 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(
 ) -> None:
     """Chunks of one token take all but themselves from the cache."""
     model = pair_of("gqa").ours
-    cut = Engine(model.engine.decoder, ctx_size=64, chunk=chunk)
+    cut = Engine(model.engine.decoder, ctx_size=64, chunk=chunk, kv_cache="f32")
     assert relative_error(cut.logits(IDS), model.logits(IDS)) < 1e-5
 
 
@@ -115,7 +115,9 @@ def test_a_reply_does_not_depend_on_how_its_prompt_is_cut(
     pair_of: Callable[..., Pair], chunk: int
 ) -> None:
     model = pair_of("gqa").ours
-    cut = Engine(model.engine.decoder, ctx_size=128, chunk=chunk, n_ids=259)
+    cut = Engine(
+        model.engine.decoder, ctx_size=128, chunk=chunk, n_ids=259, kv_cache="f32"
+    )
     found = cut.generate(IDS, llamachat.Greedy(), max_new_tokens=16)
     expected = model.engine.generate(IDS, llamachat.Greedy(), max_new_tokens=16, stop_ids=())
     is_token = [event for event in found if hasattr(event, "id")]

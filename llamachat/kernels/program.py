@@ -32,7 +32,7 @@ class Program:
     calls: list[Call] = field(default_factory=list)
     result: Tensor | None = None
     _ops: ctypes.Array[abi.Op] | None = None
-    _result_at: int = 0  # where the last operation wrote it the last time
+    _fresh: abi.Linear | None = None  # the last operation, where it can write to fresh memory
     _buffers: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def buffer(self, kind: str, n: int, width: int) -> Tensor:
@@ -55,12 +55,13 @@ class Program:
         """Run all of it: the result, in memory of its own."""
         assert self.result is not None
         last = self.calls[-1]
-        adds = isinstance(last, abi.Linear) and last.mode == abi.ADD
-        if adds or last.out not in (self._result_at, self.result.data_ptr()):
+        if self._fresh is None and isinstance(last, abi.Linear) and last.mode == abi.STORE:
+            self._fresh = last if last.out == self.result.data_ptr() else None
+        if self._fresh is None:
             self.run(lib, pool)
             return self.result.clone()
         result = torch.empty_like(self.result)
-        last.out = self._result_at = result.data_ptr()
+        self._fresh.out = result.data_ptr()
         self.run(lib, pool)
         return result
 

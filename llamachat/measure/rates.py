@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from llamachat.kernels.library import LibraryMissing
+from llamachat.kernels.memory import huge
 from llamachat.kernels.native import Native
 from llamachat.quant.tensor import QTensor
 
@@ -21,7 +22,8 @@ MEASURED_S = 0.3
 
 def read_bandwidth(threads: int) -> float:
     """GB/s that the CPU reads at most: the best of several passes over 512 MiB."""
-    buffer = torch.ones(BUFFER_BYTES // 4)  # float32, whose sum keeps up with memory
+    buffer = huge(BUFFER_BYTES).view(torch.float32)  # where weights are; its sum keeps up
+    buffer.fill_(1)
     if native := _native(threads):
         return max(native.read_bandwidth(buffer) for _ in range(READS))
     with _torch_threads(threads):

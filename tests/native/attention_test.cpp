@@ -32,15 +32,16 @@ struct Memory {
     std::vector<uint8_t> keys, values;
     std::vector<float> key_scales, value_scales;
     Cache cache;
+    int64_t slots;
 
-    Memory(const Model& model, int64_t slots) {
+    Memory(const Model& model, int64_t slots_) : slots(slots_) {
         const int64_t bytes = model.form == kCacheF32 ? 4 : model.form == kCacheBF16 ? 2 : 1;
-        const int64_t rows = 2 * model.kv_heads * slots;
+        const int64_t chunk = 64, rows = 2 * model.kv_heads * ceil_div(slots, chunk) * chunk;
         keys.assign(rows * model.head_dim * bytes, 0xFF);  // NaN as float32 and as bfloat16
         values = keys;
         key_scales.assign(rows, std::numeric_limits<float>::quiet_NaN());
         value_scales = key_scales;
-        cache = {keys.data(), values.data(), key_scales.data(), value_scales.data(), slots, 2, model.kv_heads,
+        cache = {keys.data(), values.data(), key_scales.data(), value_scales.data(), chunk, 2, model.kv_heads,
                  model.head_dim, model.form};
     }
 };
@@ -94,9 +95,9 @@ struct OnePass {
 
     OnePass(const Model& model_, Memory& memory_, const std::vector<Order>& orders,
             const std::vector<Piece>& pieces_)
-        : model(model_), memory(memory_), pieces(pieces_), table(orders.size() * memory.cache.slots, -1) {
+        : model(model_), memory(memory_), pieces(pieces_), table(orders.size() * memory.slots, -1) {
         for (size_t r = 0; r < orders.size(); ++r)
-            std::copy(orders[r].begin(), orders[r].end(), table.begin() + r * memory.cache.slots);
+            std::copy(orders[r].begin(), orders[r].end(), table.begin() + r * memory.slots);
         for (const Piece& piece : pieces) {
             const auto copy = [&](const std::vector<float>& from, int64_t size, std::vector<float>& to) {
                 to.insert(to.end(), from.begin() + piece.from * size, from.begin() + piece.to * size);
@@ -116,7 +117,7 @@ struct OnePass {
     void run(Pool& pool, int64_t from = 0) {
         Pass pass{};
         pass.row = row.data(), pass.slot = slot.data(), pass.seen = seen.data(), pass.table = table.data();
-        pass.n_tokens = static_cast<int64_t>(row.size()), pass.table_stride = memory.cache.slots;
+        pass.n_tokens = static_cast<int64_t>(row.size()), pass.table_stride = memory.slots;
         const Attention args{&pass, qkv.data(), cosines.data(), sines.data(), &memory.cache,
                              out.data(), model.heads, 1};
         do from = attention<Simd>(pool, args, from);

@@ -21,7 +21,9 @@ class AttentionPass {
     static constexpr int64_t kFewQueries = 12;       // so few read the cache as it is
     static constexpr int64_t kStoredTokens = 16;     // of a unit: they share lines of keys
     static constexpr int64_t kLittleWork = 1 << 14;  // multiplications: less than sharing them costs
+    static constexpr int64_t kMuchWork = 1 << 26;    // the same: over before a slice is
     static constexpr int64_t kUnitsPerThread = 8;    // where units are apart
+    static constexpr int64_t kNothing = -1, kNextHead = -2;
     static constexpr int64_t kPartialBytes = 16 << 20;
 
     // Consecutive tokens of one row, which see no more than its first `seen` entries.
@@ -61,9 +63,11 @@ class AttentionPass {
         if (pass_.n_tokens == 0) return 0;
         if (!plan()) return -1;
         const int64_t stores = kv_heads_ * ceil_div(pass_.n_tokens, kStoredTokens);
-        if (from == 0) all(stores, [&](int64_t unit, int thread) { store(unit, thread); });
+        const bool at_once = !span_ && n_runs_ == 1 && stores == kv_heads_;  // a unit stores what it reads
+        if (from == 0 && !at_once) all(stores, [&](int64_t unit, int thread) { store(unit, thread); });
         const int64_t n = kv_heads_ * n_runs_ * (span_ ? ceil_div(n_blocks_, span_) : 1);
         const int64_t next = each(from, n, [&](int64_t unit, int thread) {
+            if (at_once) store(unit, thread);
             span_ ? answer_apart(unit, thread) : answer(unit, thread);
         });
         if (next < n) return next;
@@ -74,7 +78,8 @@ class AttentionPass {
   private:
     template <class Work>
     int64_t each(int64_t from, int64_t n, const Work& work) {
-        if (work_ > kLittleWork) return pool_.each(from, n, work);
+        if (work_ > kMuchWork) return pool_.each(from, n, work);
+        if (work_ > kLittleWork && from == 0) return pool_.all(n, work), n;
         for (; from < n; ++from) work(from, 0);
         return n;
     }
@@ -157,7 +162,7 @@ class AttentionPass {
         turn(run, head, here.q);
         for (int64_t block = 0; block < blocks; ++block) {
             float* results = block == 0 ? here.states : here.partials;
-            ask(run, head, block, block + 1 == blocks, here, results, result_);
+            ask(run, head, block, block + 1 < blocks ? block + 1 : kNextHead, here, results, result_);
             for (int64_t i = 0; block > 0 && i < n; ++i)
                 if (here.seen[i] > 0) attend_.merge(here.states + i * result_, results + i * result_);
         }
@@ -174,7 +179,7 @@ class AttentionPass {
         turn(run, head, here.q);
         for (int64_t block = first; block < end; ++block) {
             float* results = partials(head, run.first, 0) + block * result_;
-            ask(run, head, block, block + 1 == end, here, results, n_blocks_ * result_);
+            ask(run, head, block, block + 1 < end ? block + 1 : kNothing, here, results, n_blocks_ * result_);
         }
     }
 
@@ -206,12 +211,20 @@ class AttentionPass {
                           args_.sines + t * half, half, scale, q);
     }
 
-    // The partial results of a block. A few queries read the cache as it is, and look ahead at the next
-    // block unless this is the unit's last; more have it brought to float lines first.
-    void ask(const Run& run, int64_t head, int64_t block, bool last, const Room& here, float* results,
+    // The keys of the block that is read next: another one of this head, or the first of the next head.
+    const typename Stored::T* ahead(const int32_t* row, int64_t head, int64_t next) const {
+        if (next == kNothing || (next == kNextHead && head + 1 == kv_heads_)) return nullptr;
+        const bool same = next != kNextHead;
+        return CachedHead<V, kForm>(cache_, args_.layer, same ? head : head + 1).key(row[same ? next * kEntries : 0]);
+    }
+
+    // The partial results of a block. A few queries read the cache as it is, and look ahead at what is
+    // read next; more have it brought to float lines first.
+    void ask(const Run& run, int64_t head, int64_t block, int64_t next_block, const Room& here, float* results,
              int64_t stride) const {
         const int64_t first = block * kEntries, n = smaller(kEntries, run.seen - first);
-        const int32_t* slots = pass_.table + pass_.row[run.first] * pass_.table_stride + first;
+        const int32_t* row = pass_.table + pass_.row[run.first] * pass_.table_stride;
+        const int32_t* slots = row + first;
         const Queries queries{here.q, here.seen, run.n * group_, here.scores, results, stride};
         for (int64_t i = 0; i < queries.n; ++i) {
             const int64_t seen = pass_.seen[run.first + i / group_] - first;
@@ -225,7 +238,7 @@ class AttentionPass {
             const auto *keys = cached.key(slot), *values = cached.value(slot);
             const Entries<Stored> entries{
                 {keys, head_dim_, 16, 16 * head_dim_, few ? values : nullptr},
-                {values, n, head_dim_, 16, few && !last ? keys + kEntries * head_dim_ : nullptr},
+                {values, n, head_dim_, 16, few ? ahead(row, head, next_block) : nullptr},
                 cached.key_scale(slot), cached.value_scale(slot)};
             attend_.ask(entries, queries);
         } else {

@@ -111,13 +111,13 @@ Pool* lc_pool_new(int32_t n_threads, const char* isa) {
 void lc_pool_free(Pool* pool) { delete pool; }
 
 int32_t lc_run(Pool* pool, const Op* ops, int64_t n_ops, Progress* progress) {
-    const auto end = std::chrono::steady_clock::now() + kSlice;
+    pool->begin_slice();
     while (progress->op < n_ops) {
         const int64_t next = step(*pool, ops[progress->op], progress->unit);
         if (next < 0) return -1;
         progress->unit = next;
         if (next == 0) ++progress->op;
-        if (std::chrono::steady_clock::now() > end) return progress->op < n_ops;
+        if (pool->slice_is_over()) return progress->op < n_ops;
     }
     return 0;
 }

@@ -121,9 +121,10 @@ struct Crew {
 
     // One range: all threads take units in order until the slice is over. Else one range for each
     // thread, to the end.
-    void share(Pool::Call call_, const void* work_, int64_t from, int64_t n, int n_ranges_) {
+    void share(Pool::Call call_, const void* work_, int64_t from, int64_t n, int n_ranges_,
+               Clock::time_point slice_end) {
         call = call_, work = work_, n_ranges = n_ranges_;
-        if (n_ranges == 1) deadline = Clock::now() + kSlice;
+        deadline = slice_end;
         for (int i = 0; i < n_ranges; ++i) {
             ranges[i].next.store(from + (n - from) * i / n_ranges, std::memory_order_relaxed);
             ranges[i].end = from + (n - from) * (i + 1) / n_ranges;
@@ -164,7 +165,7 @@ uint8_t* Pool::scratch(int64_t n_bytes) {
 
 void Pool::crew_share(int64_t from, int64_t n, int n_ranges, Call call, const void* work) {
     if (crew_->born != forks.load()) crew_ = new Crew(n_threads);  // the old one's locks may be held for ever
-    crew_->share(call, work, from, n, n_ranges);
+    crew_->share(call, work, from, n, n_ranges, slice_end);
 }
 
 int64_t Pool::run(int64_t from, int64_t n, Call call, const void* work) {
@@ -172,9 +173,8 @@ int64_t Pool::run(int64_t from, int64_t n, Call call, const void* work) {
         crew_share(from, n, 1, call, work);
         return std::min(n, crew_->ranges[0].next.load(std::memory_order_relaxed));
     }
-    const auto deadline = Clock::now() + kSlice;
     do call(work, from++, 0);
-    while (from < n && Clock::now() < deadline);
+    while (from < n && !slice_is_over());
     return from;
 }
 

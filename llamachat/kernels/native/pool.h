@@ -27,9 +27,13 @@ struct Pool {
     // Null if there is none.
     uint8_t* scratch(int64_t n_bytes);
 
+    // Begins the time slice that `each` keeps to.
+    void begin_slice() { slice_end = std::chrono::steady_clock::now() + kSlice; }
+    bool slice_is_over() const { return std::chrono::steady_clock::now() > slice_end; }
+
     // Calls work(unit, thread) once for each unit in [from, n), on any thread in any order. Stops
-    // giving out units when the time slice is over, but not before one is done; returns the first
-    // unit that was not done, n if all were.
+    // giving out units when the slice is over, but not before one is done; returns the first unit
+    // that was not done, n if all were.
     template <class Work>
     int64_t each(int64_t from, int64_t n, const Work& work) {
         if (from >= n) return n;
@@ -47,6 +51,8 @@ struct Pool {
     }
 
     using Call = void (*)(const void* work, int64_t unit, int thread);
+
+    std::chrono::steady_clock::time_point slice_end;
 
   private:
     int64_t run(int64_t from, int64_t n, Call call, const void* work);
