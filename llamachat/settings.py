@@ -99,6 +99,11 @@ def hub_cache_dir() -> Path:
         return cache_dir()[0] / "hub"
 
 
+def native_instruction_set() -> str | None:
+    """The one that native kernels shall use (`LLAMACHAT_NATIVE_ISA`), instead of the best."""
+    return os.environ.get("LLAMACHAT_NATIVE_ISA") or None
+
+
 def native_library() -> str | None:
     """`LLAMACHAT_NATIVE_LIBRARY`: the library of kernels to load, or "none" to do without any."""
     return os.environ.get("LLAMACHAT_NATIVE_LIBRARY") or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llamachat import settings
 from llamachat.errors import UsageError
 from llamachat.kernels.library import LibraryMissing
 
@@ -23,12 +24,14 @@ class Backend:
     Attributes:
         name: "native" or "reference".
         reason: why it is that one, as people read it.
+        isa: the instruction set of native kernels.
         missing: why native kernels are not there although they would have been taken; or None.
     """
 
     name: str
     reason: str
     missing: str | None = None
+    isa: str | None = None
 
 
 def choose(asked: str = "auto") -> Backend:
@@ -44,7 +47,11 @@ def choose(asked: str = "auto") -> Backend:
     from llamachat.kernels.abi import instruction_sets
 
     try:
-        return Backend("native", f"kernels for {instruction_sets()[0]} run packed weights")
+        sets = instruction_sets()
+        isa = settings.native_instruction_set() or sets[0]
+        if isa not in sets:
+            raise UsageError(f"LLAMACHAT_NATIVE_ISA is {isa!r}, this machine has {', '.join(sets)}")
+        return Backend("native", f"kernels for {isa} run packed weights", isa=isa)
     except LibraryMissing as error:
         missing = str(error)
     if asked == "native":
@@ -67,7 +74,7 @@ def make(backend: Backend, threads: int, dtype: torch.dtype) -> Kernels:
         from llamachat.kernels.native import Native
 
         torch.set_num_threads(1)
-        return Native(threads)
+        return Native(threads, backend.isa)
     from llamachat.kernels.reference import Reference
 
     torch.set_num_threads(threads)
