@@ -61,6 +61,11 @@ class Model:
     backend: str
     quantize: str
 
+    @property
+    def form(self) -> str:
+        """What weights are while they are multiplied: "q4_1", "bfloat16"..."""
+        return self.dtype if self.quantize == "none" else self.quantize
+
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """(T, V) float32 of every position; no cache is left behind."""
         return self.engine.logits(ids)

@@ -129,6 +129,7 @@ def model(ctx_size: int = 8192) -> Any:
         name="scripted",
         config=SimpleNamespace(n_params=1_000_000),
         dtype="float32",
+        form="float32",
         threads=1,
         quantize="none",
         located=SimpleNamespace(revision="r1"),

@@ -115,9 +115,7 @@ def test_a_reply_does_not_depend_on_how_its_prompt_is_cut(
     pair_of: Callable[..., Pair], chunk: int
 ) -> None:
     model = pair_of("gqa").ours
-    cut = Engine(
-        model.engine.decoder, ctx_size=128, chunk=chunk, n_ids=259, kv_cache="f32"
-    )
+    cut = Engine(model.engine.decoder, ctx_size=128, chunk=chunk, n_ids=259, kv_cache="f32")
     found = cut.generate(IDS, llamachat.Greedy(), max_new_tokens=16)
     expected = model.engine.generate(IDS, llamachat.Greedy(), max_new_tokens=16, stop_ids=())
     is_token = [event for event in found if hasattr(event, "id")]

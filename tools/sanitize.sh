@@ -11,7 +11,7 @@ case "${1:-}" in
 esac
 build="build/$1"
 shift
-[[ $# -gt 0 ]] || set -- tests/test_kernels_native*.py
+[[ $# -gt 0 ]] || set -- tests/test_kernels_native*.py tests/test_kernels_invariance.py
 
 export CXX="${CXX:-g++}"
 cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \

@@ -187,7 +187,10 @@ class Native:
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """(T, I) -> (T, O)."""
-        return self._linear("linear", x.float().contiguous(), None, weight, weight.rows)
+        x = x.float().contiguous()
+        if self._writing is not None:
+            self._writing.kept.append(x)  # it may be a copy, which nobody else holds
+        return self._linear("linear", x, None, weight, weight.rows)
 
     def norm_linear(self, h: Tensor, norm: Norm, weight: Weight) -> Tensor:
         """(T, D) -> (T, O)."""

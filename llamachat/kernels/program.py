@@ -26,11 +26,13 @@ class Program:
         pass_: what the operations read of a batch.
         calls: in order.
         result: what the last one writes.
+        kept: tensors that must live as long as the operations that read them.
     """
 
     pass_: abi.Pass = field(default_factory=abi.Pass)
     calls: list[Call] = field(default_factory=list)
     result: Tensor | None = None
+    kept: list[Tensor] = field(default_factory=list)
     _ops: ctypes.Array[abi.Op] | None = None
     _fresh: abi.Linear | None = None  # the last operation, where it can write to fresh memory
     _buffers: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Program:
     def point_at(self, batch: Batch) -> None:
         """Let the operations read this batch, which must outlive their run."""
         it = self.pass_
+        assert batch.ids.dtype == batch.wanted.dtype == batch.table.dtype == torch.int32
         it.ids, it.row, it.slot = batch.ids.data_ptr(), batch.row.data_ptr(), batch.slot.data_ptr()
         it.seen, it.position = batch.seen.data_ptr(), batch.position.data_ptr()
         it.table, it.wanted = batch.table.data_ptr(), batch.wanted.data_ptr()

@@ -40,7 +40,7 @@ def title(opened: Opened) -> str:
     """One line about the model."""
     model = opened.model
     return (
-        f"{model.name} · {model.config.n_params / 1e6:,.0f}M parameters · {model.dtype} · "
+        f"{model.name} · {model.config.n_params / 1e6:,.0f}M parameters · {model.form} · "
         f"{model.threads} thread{'s' * (model.threads > 1)} · context {model.engine.ctx_size:,}"
     )
 
