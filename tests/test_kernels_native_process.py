@@ -155,8 +155,8 @@ def interrupted() -> dict[str, Any]:
 
 def timed_calls() -> list[float]:
     """Seconds of each native call of a pass from now on, as they are made."""
-    library, times = abi.library(), []
-    run = library.lc_run
+    library: Any = abi.library()
+    run, times = library.lc_run, []
 
     def timed(*arguments: Any) -> int:
         start = time.perf_counter()
@@ -164,7 +164,7 @@ def timed_calls() -> list[float]:
         times.append(time.perf_counter() - start)
         return status
 
-    library.lc_run = timed  # type: ignore[assignment]
+    library.lc_run = timed
     return times
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import llamachat
+from llamachat import hardware
 from llamachat.chat.templates import Message, encode, template_of
 from llamachat.errors import DamagedFileError, UsageError
 from llamachat.kernels.backends import choose
@@ -25,7 +27,6 @@ from llamachat.measure.evaluate import Divergence, divergence
 # 40 windows, and with them all 80 questions, are the figures to report.
 N_WINDOWS = int(os.environ.get("LLAMACHAT_TEST_WINDOWS", "2"))
 N_QUESTIONS = 4 * N_WINDOWS
-REPLY_TOKENS = 32
 
 
 @dataclass
@@ -88,19 +89,26 @@ def test_models_of_different_vocabularies_are_not_compared() -> None:
 def test_a_damaged_model_is_not_compared(damaged: str) -> None:
     models = {"model": EVEN, "reference": EVEN} | {damaged: Says([(math.nan,) * 3])}
     with pytest.raises(DamagedFileError, match="not numbers"):
-        divergence(text_ids=[0] * 8, window=8, **models)
+        divergence(models["model"], models["reference"], [0] * 8, window=8)
 
 
-def default_model(**settings: str) -> Model:
-    return llamachat.load("smollm2-135m", ctx_size=1024, **settings)
+# Which share of next tokens is the reference's. Near ties are many in so small a model: 8-bit keys
+# and values alone make the reference itself choose 2.7 % otherwise, and bfloat16 weights 3.4 %.
+LEAST_AGREEMENT = {"auto": 0.97, "int8": 0.97 - 0.027}
 
 
-@pytest.fixture(scope="module", params=["auto", "int8"])
-def packed(request: pytest.FixtureRequest) -> Model:
-    """The default model as people run it, with one of its forms of the cache."""
-    if choose().missing:
-        pytest.skip(f"no native kernels: {choose().missing}")
-    return default_model(backend="native", kv_cache=request.param)
+@pytest.fixture(scope="module")
+def packed() -> Callable[[str], Model]:
+    """Gives the default model as people run it, with a form of the cache."""
+    if missing := choose().missing:
+        pytest.skip(f"no native kernels: {missing}")
+
+    def load(form: str) -> Model:
+        model = default_model(backend="native", kv_cache=form)
+        torch.set_num_threads(hardware.usable_cores())  # for the reference, which takes turns
+        return model
+
+    return cache(load)
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +116,25 @@ def reference() -> Model:
     return default_model(backend="reference", dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def on_wikitext(packed: Model, reference: Model, data: Path) -> Divergence:
+def default_model(**settings: Any) -> Model:
+    return llamachat.load("smollm2-135m", ctx_size=1024, **settings)
+
+
+@pytest.fixture(scope="module", params=["auto", "int8"])
+def on_wikitext(
+    request: pytest.FixtureRequest, packed: Callable[[str], Model], reference: Model, data: Path
+) -> Divergence:
     text = reference.tokenizer.encode((data / "text" / "wiki.test.raw").read_text("utf-8"))
-    return divergence(packed, reference, text, windows=N_WINDOWS)
+    return divergence(packed(request.param), reference, text, windows=N_WINDOWS)
 
 
 @pytest.mark.network
 @pytest.mark.slow
 def test_native_kernels_keep_the_default_model_s_perplexity(on_wikitext: Divergence) -> None:
-    kept = on_wikitext.reference.perplexity
-    assert on_wikitext.perplexity.perplexity == pytest.approx(kept, rel=0.01)
+    """Within 1 %, and three standard errors: a token's losses differ by about sqrt(2 KL)."""
+    kept, n_tokens = on_wikitext.reference.perplexity, on_wikitext.reference.tokens
+    error = math.sqrt(2 * on_wikitext.kl.mean / n_tokens)
+    assert on_wikitext.perplexity.perplexity == pytest.approx(kept, rel=0.01 + 3 * error)
 
 
 @pytest.mark.network
@@ -127,29 +143,35 @@ def test_native_kernels_keep_the_default_model_s_predictions(on_wikitext: Diverg
     assert on_wikitext.kl.mean < 0.01
 
 
+@pytest.fixture(scope="module")
+def answers(
+    packed: Callable[[str], Model], reference: Model, data: Path
+) -> list[tuple[list[int], Tensor]]:
+    """MT-bench's first questions, each with the beginning of an answer, and what follows.
+
+    What follows: at each position (T,) the reference's best next id. The answer is the native
+    model's: that takes a fifth of the time, and all read the same text, whoever wrote it.
+    """
+    model = packed("auto")
+    template = template_of(model.chat_template, model.tokenizer)
+    texts = []
+    for line in (data / "prompts" / "mt_bench_question.jsonl").read_text("utf-8").splitlines():
+        question = Message("user", json.loads(line)["turns"][0])
+        prompt = encode(template.segments([question]), model.tokenizer)
+        texts.append([*prompt, *model.generate(prompt, max_new_tokens=32, stop_ids=())])
+        if len(texts) == N_QUESTIONS:
+            break
+    return [(text, reference.logits(text).argmax(-1)) for text in texts]
+
+
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.parametrize("form", LEAST_AGREEMENT)
 def test_native_kernels_choose_what_the_reference_chooses(
-    packed: Model, reference: Model, data: Path
+    packed: Callable[[str], Model], answers: list[tuple[list[int], Tensor]], form: str
 ) -> None:
-    """Teacher forcing: both read MT-bench's first questions, each with one and the same answer.
-
-    It is the beginning of the native model's own: that costs a sixth of the reference's, and the
-    two are asked for their next token at every position of it, whatever came before.
-    """
-    n_agreed = n_tokens = 0
-    for prompt in questions(packed, data):
-        reply = list(packed.generate(prompt, max_new_tokens=REPLY_TOKENS, stop_ids=()))
-        found, expected = (m.logits(prompt + reply).argmax(-1) for m in (packed, reference))
-        n_agreed += int((found == expected).sum())
-        n_tokens += len(found)
-    assert n_agreed / n_tokens >= 0.97
-
-
-def questions(model: Model, data: Path) -> Iterator[list[int]]:
-    """First turns as prompts of a new conversation."""
-    template = template_of(model.chat_template, model.tokenizer)
-    lines = (data / "prompts" / "mt_bench_question.jsonl").read_text("utf-8").splitlines()
-    for line in lines[:N_QUESTIONS]:
-        message = Message("user", json.loads(line)["turns"][0])
-        yield encode(template.segments([message]), model.tokenizer)
+    """Teacher forcing, on chats; three standard errors are allowed for so few of them."""
+    agrees = [packed(form).logits(text).argmax(-1) == following for text, following in answers]
+    share, n_tokens = torch.cat(agrees).double().mean().item(), sum(map(len, agrees))
+    least = LEAST_AGREEMENT[form]
+    assert share > least - 3 * math.sqrt(least * (1 - least) / n_tokens)
