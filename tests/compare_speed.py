@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    model = llamachat.load(arguments.model, dtype=arguments.dtype)
+    model = llamachat.load(arguments.model, backend="reference", dtype=arguments.dtype)
     peer = in_transformers(model)
     ids = model.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 60)[: PROMPT - 1]
     ours: list[Seconds] = []

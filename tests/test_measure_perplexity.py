@@ -122,7 +122,7 @@ def test_the_default_models_perplexity_is_that_of_transformers(data: Path) -> No
     """On the same dequantized weights, on WikiText-2."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = llamachat.load("smollm2-135m", dtype="float32", ctx_size=512)
+    model = llamachat.load("smollm2-135m", backend="reference", dtype="float32", ctx_size=512)
     config = model.config
     shape = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.dim, head_dim=config.head_dim,
