@@ -191,8 +191,8 @@ def _plan(
     config, form = checkpoint.config, checkpoint.form.lower()
     is_packed = backend.name == "native" and quantize == "auto" and form not in FLOAT_FORMS
     if dtype == "auto":
-        faster = "bfloat16" if hardware.multiplies_bfloat16() else "float32"
-        dtype = FLOAT_FORMS.get(form, "bfloat16") if backend.name == "native" else faster
+        is_native = backend.name == "native"
+        dtype = FLOAT_FORMS.get(form, "bfloat16") if is_native else hardware.fast_dtype()
     if kv_cache == "auto":
         kv_cache = "f32" if dtype == "float32" else "bf16"
     if is_packed:

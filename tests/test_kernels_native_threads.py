@@ -79,6 +79,7 @@ def test_an_idle_backend_uses_no_processor_time(isa: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+# From 3.12 on Python warns of a fork beside threads: that is what is tested.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_parent_and_child_both_go_on_after_a_fork(isa: str) -> None:
     work = Work(Native(2, isa))

@@ -116,10 +116,8 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, V) float32 of every position of `ids`; what the cache holds stays untouched."""
         self._check_ids(ids)
-        slots, cache = (
-            SlotTable(len(ids), device=self._device),
-            self.decoder.new_cache(len(ids), self._kv_cache),
-        )
+        slots = SlotTable(len(ids), device=self._device)
+        cache = self.decoder.new_cache(len(ids), self._kv_cache)
         chunks = [ids[i : i + self._chunk] for i in range(0, len(ids), self._chunk)]
         passes = []
         for chunk in chunks:

@@ -24,8 +24,8 @@ class Backend:
     Attributes:
         name: "native" or "reference".
         reason: why it is that one, as people read it.
-        isa: the instruction set of native kernels.
         missing: why native kernels are not there although they would have been taken; or None.
+        isa: the instruction set of native kernels, or None.
     """
 
     name: str

@@ -170,7 +170,7 @@ class Native:
         cosines, sines = (self._buffer(kind, len(position), half) for kind in ("cos", "sin"))
         self._do(
             abi.Angles(
-                pointer(self._pass()),
+                self._pass(),
                 frequencies.data_ptr(),
                 cosines.data_ptr(),
                 sines.data_ptr(),
@@ -182,7 +182,7 @@ class Native:
     def embed(self, batch: Batch, weight: Weight) -> Tensor:
         """(T, D)."""
         out = self._buffer("h", len(batch.ids), weight.structs[0].cols)
-        self._do(abi.Embed(pointer(self._pass()), weight.structs, out.data_ptr()))
+        self._do(abi.Embed(self._pass(), weight.structs, out.data_ptr()))
         return out
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
@@ -207,7 +207,7 @@ class Native:
         cosines, sines = angles
         self._do(
             abi.Attention(
-                pointer(self._pass()), qkv.data_ptr(), cosines.data_ptr(), sines.data_ptr(),
+                self._pass(), qkv.data_ptr(), cosines.data_ptr(), sines.data_ptr(),
                 pointer(cache.struct), out.data_ptr(), n_heads, layer,
             )
         )  # fmt: skip
@@ -225,7 +225,7 @@ class Native:
         """(L, V)."""
         n, width = len(wanted), h.shape[1]
         rows = self._buffer("wanted", n, width)
-        self._do(abi.Gather(pointer(self._pass()), h.data_ptr(), rows.data_ptr(), width))
+        self._do(abi.Gather(self._pass(), h.data_ptr(), rows.data_ptr(), width))
         return self._linear("logits", rows, norm, weight, weight.rows)
 
     def take(self, n_bytes: int) -> Tensor:
@@ -282,10 +282,10 @@ class Native:
             return torch.empty((n, width))
         return self._writing.buffer(kind, n, width)
 
-    def _pass(self) -> abi.Pass:
+    def _pass(self) -> ctypes._Pointer[abi.Pass]:
         """What operations read of the batch: these are part of a pass, and only `run` makes one."""
         assert self._writing is not None
-        return self._writing.pass_
+        return pointer(self._writing.pass_)
 
     def _do(self, call: Call) -> None:
         """Write the call down, or where nothing is written down, run it."""

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from llamachat.kernels import abi
 from llamachat.quant.tensor import QTensor
 
-ROWS, BLOCK, LINE = 16, 32, 64
+ROWS, BLOCK = 16, 32
 LARGEST_SCALE = 14  # float16 ends at 2^16: what is kept of float32 scales lies below 2^14
 
 

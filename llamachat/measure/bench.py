@@ -20,9 +20,8 @@ from llamachat.errors import UsageError
 from llamachat.library.store import require
 from llamachat.loading import Model, load
 from llamachat.measure.plan import Plan, Setup, Workload
-from llamachat.measure.rates import read_bandwidth
+from llamachat.measure.rates import GIGA, read_bandwidth
 
-GB = 1e9
 SEED = 1  # of the tokens that are read
 
 
@@ -196,7 +195,7 @@ def _row(
     n_bytes = gb_per_s = None
     if test.kind == "tg":  # its steps see depth + 1 to depth + n tokens
         n_bytes = model.engine.bytes_per_token(test.depth + (test.n + 1) // 2)
-        gb_per_s = n_bytes * average / GB
+        gb_per_s = n_bytes * average / GIGA
     return Row(
         model=model.name,
         form=open_checkpoint(model.located.path).form,

@@ -24,7 +24,6 @@ FEATURES = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
-GIGA = 1e9
 
 
 def examine() -> dict[str, Any]:
@@ -88,7 +87,7 @@ def _backend() -> dict[str, Any]:
         "backend": chosen.name,
         "backend_reason": chosen.reason,
         "native_instruction_sets": list(instruction_sets()) if chosen.name == "native" else [],
-        "dtype": "bfloat16" if hardware.multiplies_bfloat16() else "float32",
+        "dtype": hardware.fast_dtype(),
     }
 
 
@@ -103,7 +102,7 @@ def _products(threads: int) -> dict[str, int | None]:
 def _limits(models: list[Installed], bandwidth: float, value_bytes: int | None) -> dict[str, float]:
     """Tokens a second that the bandwidth (GB/s) allows, by model."""
     sizes = {model.name: _bytes_per_token(model, value_bytes) for model in models}
-    return {name: round(bandwidth * GIGA / size, 1) for name, size in sizes.items() if size}
+    return {name: round(bandwidth * rates.GIGA / size, 1) for name, size in sizes.items() if size}
 
 
 def _bytes_per_token(model: Installed, value_bytes: int | None) -> float | None:

@@ -23,7 +23,6 @@ class AttentionPass {
     static constexpr int64_t kLittleWork = 1 << 14;  // multiplications: less than sharing them costs
     static constexpr int64_t kMuchWork = 1 << 26;    // the same: over before a slice is
     static constexpr int64_t kUnitsPerThread = 8;    // where units are apart
-    static constexpr int64_t kNothing = -1, kNextHead = -2;
     static constexpr int64_t kPartialBytes = 16 << 20;
 
     // Consecutive tokens of one row, which see no more than its first `seen` entries.
@@ -78,14 +77,14 @@ class AttentionPass {
   private:
     template <class Work>
     int64_t each(int64_t from, int64_t n, const Work& work) {
-        if (work_ > kMuchWork) return pool_.each(from, n, work);
-        if (work_ > kLittleWork && from == 0) return pool_.all(n, work), n;
-        for (; from < n; ++from) work(from, 0);
+        if (work_ > kMuchWork || from > 0) return pool_.each(from, n, work);
+        all(n, work);
         return n;
     }
     template <class Work>
     void all(int64_t n, const Work& work) {
-        for (int64_t from = 0; from < n;) from = each(from, n, work);
+        if (work_ > kLittleWork) return pool_.all(n, work);
+        for (int64_t unit = 0; unit < n; ++unit) work(unit, 0);
     }
 
     // Cuts the work and finds memory, always the same for the same arguments. False if there is none.
@@ -162,7 +161,8 @@ class AttentionPass {
         turn(run, head, here.q);
         for (int64_t block = 0; block < blocks; ++block) {
             float* results = block == 0 ? here.states : here.partials;
-            ask(run, head, block, block + 1 < blocks ? block + 1 : kNextHead, here, results, result_);
+            const auto* next = block + 1 < blocks ? keys(run, head, block + 1) : keys(run, head + 1, 0);
+            ask(run, head, block, next, here, results, result_);
             for (int64_t i = 0; block > 0 && i < n; ++i)
                 if (here.seen[i] > 0) attend_.merge(here.states + i * result_, results + i * result_);
         }
@@ -179,7 +179,8 @@ class AttentionPass {
         turn(run, head, here.q);
         for (int64_t block = first; block < end; ++block) {
             float* results = partials(head, run.first, 0) + block * result_;
-            ask(run, head, block, block + 1 < end ? block + 1 : kNothing, here, results, n_blocks_ * result_);
+            const auto* next = block + 1 < end ? keys(run, head, block + 1) : nullptr;
+            ask(run, head, block, next, here, results, n_blocks_ * result_);
         }
     }
 
@@ -211,20 +212,23 @@ class AttentionPass {
                           args_.sines + t * half, half, scale, q);
     }
 
-    // The keys of the block that is read next: another one of this head, or the first of the next head.
-    const typename Stored::T* ahead(const int32_t* row, int64_t head, int64_t next) const {
-        if (next == kNothing || (next == kNextHead && head + 1 == kv_heads_)) return nullptr;
-        const bool same = next != kNextHead;
-        return CachedHead<V, kForm>(cache_, args_.layer, same ? head : head + 1).key(row[same ? next * kEntries : 0]);
+    // The slots of a run's row, from a block on.
+    const int32_t* slots_of(const Run& run, int64_t block) const {
+        return pass_.table + pass_.row[run.first] * pass_.table_stride + block * kEntries;
     }
 
-    // The partial results of a block. A few queries read the cache as it is, and look ahead at what is
-    // read next; more have it brought to float lines first.
-    void ask(const Run& run, int64_t head, int64_t block, int64_t next_block, const Room& here, float* results,
-             int64_t stride) const {
+    // The keys of a block; null beyond the last head.
+    const typename Stored::T* keys(const Run& run, int64_t head, int64_t block) const {
+        if (head == kv_heads_) return nullptr;
+        return CachedHead<V, kForm>(cache_, args_.layer, head).key(slots_of(run, block)[0]);
+    }
+
+    // The partial results of a block. A few queries read the cache as it is, and look ahead at the keys
+    // that are read next, if any; more have it brought to float lines first.
+    void ask(const Run& run, int64_t head, int64_t block, const typename Stored::T* next, const Room& here,
+             float* results, int64_t stride) const {
         const int64_t first = block * kEntries, n = smaller(kEntries, run.seen - first);
-        const int32_t* row = pass_.table + pass_.row[run.first] * pass_.table_stride;
-        const int32_t* slots = row + first;
+        const int32_t* slots = slots_of(run, block);
         const Queries queries{here.q, here.seen, run.n * group_, here.scores, results, stride};
         for (int64_t i = 0; i < queries.n; ++i) {
             const int64_t seen = pass_.seen[run.first + i / group_] - first;
@@ -238,7 +242,7 @@ class AttentionPass {
             const auto *keys = cached.key(slot), *values = cached.value(slot);
             const Entries<Stored> entries{
                 {keys, head_dim_, 16, 16 * head_dim_, few ? values : nullptr},
-                {values, n, head_dim_, 16, few ? ahead(row, head, next_block) : nullptr},
+                {values, n, head_dim_, 16, few ? next : nullptr},
                 cached.key_scale(slot), cached.value_scale(slot)};
             attend_.ask(entries, queries);
         } else {

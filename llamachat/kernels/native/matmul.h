@@ -1,6 +1,8 @@
 // lc_linear: norm and quantize, multiply, and put the product where it belongs.
 
 #pragma once
+#include <cfloat>
+
 #include "linear.h"
 
 // The 32 values of a block as two vectors, normed if there is a norm; zeros beyond the row's end.
@@ -13,19 +15,16 @@ struct RowReader {
     RowReader(const float* x_, const float* norm_, int64_t cols_, float eps) : x(x_), norm(norm_), cols(cols_) {
         if (!norm) return;
         auto squares = V::zero();
-        int64_t k = 0;
-        for (; k + 16 <= cols; k += 16) {
-            const auto v = V::load(x + k);
-            squares = V::fma(v, v, squares);
-        }
-        if (k < cols) {
-            const auto v = padded(x + k, cols - k);
+        for (int64_t k = 0; k < cols; k += 16) {
+            const auto v = load_first(x + k, cols - k);
             squares = V::fma(v, v, squares);
         }
         scale = 1.0f / std::sqrt(V::sum(squares) / static_cast<float>(cols) + eps);
     }
 
-    static typename V::F padded(const float* p, int64_t n) {
+    // Up to 16 of n values, then zeros.
+    static typename V::F load_first(const float* p, int64_t n) {
+        if (n >= 16) return V::load(p);
         float values[16] = {};
         std::memcpy(values, p, static_cast<size_t>(n) * sizeof(float));
         return V::load(values);
@@ -34,10 +33,8 @@ struct RowReader {
     typename V::F at(int64_t k) const {
         const int64_t n = cols - k;
         if (n <= 0) return V::zero();
-        const auto v = n >= 16 ? V::load(x + k) : padded(x + k, n);
-        if (!norm) return v;
-        const auto w = n >= 16 ? V::load(norm + k) : padded(norm + k, n);
-        return V::mul(V::mul(v, V::set(scale)), w);
+        const auto v = load_first(x + k, n);
+        return norm ? V::mul(V::mul(v, V::set(scale)), load_first(norm + k, n)) : v;
     }
 };
 
@@ -48,7 +45,7 @@ void quantize_block(typename V::F first, typename V::F second, const Acts& out, 
     const float nan_or_zero = V::sum(V::fma(first, zero, V::mul(second, zero)));
     const float most = V::largest(V::max(V::abs(first), V::abs(second)));
     const float scale = most / 127.0f;
-    if (!(scale >= 1.17549435e-38f) || nan_or_zero != 0) {  // below the smallest normal number
+    if (!(scale >= FLT_MIN) || nan_or_zero != 0) {
         std::memset(out.q(t), 0, kBlock);
         out.d(t) = out.d_sum(t) = nan_or_zero;
         out.minus_first(t) = out.minus_sum(t) = 0;
@@ -73,13 +70,14 @@ class Matmul {
             const bool floats = is_float(weight_.parts[i]);
             (floats ? has_floats_ : has_codes_) = true;
         }
-        keeps_rows_ = has_floats_ && args.norm;
-        const int64_t n_bytes = args.n_tokens * tokens_stride() + kBlock * 4;
-        acts_ = pool.scratch(n_bytes + (keeps_rows_ ? args.n_tokens * weight_.cols * 4 : 0));
-        if (acts_) rows_ = keeps_rows_ ? reinterpret_cast<float*>(acts_ + args.n_tokens * tokens_stride()) : nullptr;
+        const bool keeps_rows = has_floats_ && args.norm;  // floats are multiplied with what the norm gives
+        const int64_t n_bytes = args.n_tokens * tokens_stride();
+        acts_ = pool.scratch(n_bytes + (keeps_rows ? args.n_tokens * weight_.cols * 4 : 0));
+        if (acts_ && keeps_rows) rows_ = reinterpret_cast<float*>(acts_ + n_bytes);
     }
 
     int64_t run(int64_t from) {
+        if (args_.n_tokens == 0) return 0;
         if (!acts_) return -1;
         if (from == 0) prepare();
         const int64_t n = n_units();
@@ -117,7 +115,7 @@ class Matmul {
                 const Acts block{tile_acts(tile) + b * kActBytes * n, n};
                 quantize_block<V>(row.at(b * kBlock), row.at(b * kBlock + 16), block, t);
             }
-            if (keeps_rows_) keep_row(row, rows_ + token * weight_.cols);
+            if (rows_) keep_row(row, rows_ + token * weight_.cols);
         }
     }
 
@@ -208,10 +206,7 @@ class Matmul {
         float* to = args_.out + token * weight_.rows + row;
         with_bias(values, row, row + n);
         auto result = V::load(values);
-        if (args_.mode == kAdd) {
-            if (n >= 16) result = V::add(V::load(to), result);
-            else result = V::add(RowReader<V>::padded(to, n), result);
-        }
+        if (args_.mode == kAdd) result = V::add(RowReader<V>::load_first(to, n), result);
         store_first(to, result, n);
     }
 
@@ -224,7 +219,7 @@ class Matmul {
     }
 
     void product(const Panels& part, const Panel& first, const Panel& second, int64_t tile, float* out) const {
-        const float* x = keeps_rows_ ? rows_ : args_.x;
+        const float* x = rows_ ? rows_ : args_.x;
         const TileArgs args{{first, second}, &part, tile_acts(tile), x + tile * kTile * weight_.cols, weight_.cols, out};
         tile_function<V>(part, tile_tokens(tile))(args);
     }
@@ -232,7 +227,7 @@ class Matmul {
     Pool& pool_;
     const Linear& args_;
     const Weight& weight_;
-    bool has_floats_ = false, has_codes_ = false, keeps_rows_ = false;
+    bool has_floats_ = false, has_codes_ = false;
     uint8_t* acts_;
     float* rows_ = nullptr;
 };

@@ -1,14 +1,16 @@
 #include "pool.h"
 
-#include <chrono>
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <thread>
+#include <vector>
 
 #ifndef _WIN32
 #include <pthread.h>
-#include <sched.h>
 #endif
 
 namespace {
@@ -34,8 +36,6 @@ inline void pause() {
     asm volatile("yield");
 #endif
 }
-
-inline void yield() { std::this_thread::yield(); }
 
 }  // namespace
 
@@ -139,7 +139,7 @@ struct Crew {
         const uint64_t joined = (state.fetch_and(~uint64_t{1}, std::memory_order_acq_rel) & 0xFFFF) >> 1;
         for (int i = 0; finished.load(std::memory_order_acquire) != joined; ++i) {
             pause();
-            if (i % 4096 == 4095) yield();
+            if (i % 4096 == 4095) std::this_thread::yield();
         }
     }
 };
@@ -163,14 +163,14 @@ uint8_t* Pool::scratch(int64_t n_bytes) {
     return static_cast<uint8_t*>(scratch_);
 }
 
-void Pool::crew_share(int64_t from, int64_t n, int n_ranges, Call call, const void* work) {
+void Pool::share(int64_t from, int64_t n, int n_ranges, Call call, const void* work) {
     if (crew_->born != forks.load()) crew_ = new Crew(n_threads);  // the old one's locks may be held for ever
-    crew_->share(call, work, from, n, n_ranges, slice_end);
+    crew_->share(call, work, from, n, n_ranges, slice_end_);
 }
 
 int64_t Pool::run(int64_t from, int64_t n, Call call, const void* work) {
     if (n_threads > 1 && n - from > 1) {
-        crew_share(from, n, 1, call, work);
+        share(from, n, 1, call, work);
         return std::min(n, crew_->ranges[0].next.load(std::memory_order_relaxed));
     }
     do call(work, from++, 0);
@@ -179,6 +179,6 @@ int64_t Pool::run(int64_t from, int64_t n, Call call, const void* work) {
 }
 
 void Pool::run_all(int64_t n, Call call, const void* work) {
-    if (n_threads > 1 && n > 1) return crew_share(0, n, n_threads, call, work);
+    if (n_threads > 1 && n > 1) return share(0, n, n_threads, call, work);
     for (int64_t unit = 0; unit < n; ++unit) call(work, unit, 0);
 }
