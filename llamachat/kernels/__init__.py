@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llamachat.quant.form import Form
 from llamachat.quant.tensor import QTensor
 
 Weight = Any  # opaque: only the backend that packed it reads it
@@ -91,6 +92,13 @@ class Kernels(Protocol):
         """One weight (sum of O, I) from parts stacked along O.
 
         `gated`: the parts are gate and up of a SwiGLU; `lookup`: `embed` will read it too.
+        """
+        ...
+
+    def quantize(self, weight: Tensor, form: Form, importance: Tensor | None = None) -> QTensor:
+        """The (O, I) floats in a form that `pack` takes.
+
+        `importance` (I,) says how much an error in each column matters; default all alike.
         """
         ...
 
