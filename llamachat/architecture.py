@@ -103,9 +103,11 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     _expect(config, "model_type", "llama")
     if config.get("hidden_act") is not None:
         _expect(config, "hidden_act", "silu")
-    for feature in ("attention_bias", "mlp_bias", "quantization_config"):
+    for feature in ("attention_bias", "mlp_bias"):
         if config.get(feature):
             raise DamagedFileError(f"{feature} is {brief(config[feature])}, expected none")
+    if _table(config, "quantization_config"):
+        _expect_bitsandbytes(config["quantization_config"])
     dim, n_heads = _number(config, "hidden_size", int), _number(config, "num_attention_heads", int)
     rope = _table(config, "rope_parameters")  # transformers >= 5 keeps theta and scaling here
     return ModelConfig(
@@ -170,6 +172,14 @@ def _expect(values: Mapping[str, Any], key: str, expected: str) -> None:
     found = values.get(key)
     if not isinstance(found, str) or found != expected:
         raise DamagedFileError(f"{key} is {brief(found)}, expected {expected!r}")
+
+
+def _expect_bitsandbytes(quantization: Mapping[str, Any]) -> None:
+    if quantization.get("quant_method") != "bitsandbytes":
+        raise DamagedFileError(
+            f"quantization_config is {brief(quantization)}, expected none or bitsandbytes's",
+            hint="take the model's float or GGUF files, and --quantize",
+        )
 
 
 def _table(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -297,3 +297,11 @@ def test_logits_are_those_of_every_position(engine: Engine) -> None:
     assert logits.shape == (8, 64)
     assert logits.dtype == torch.float32
     assert torch.allclose(logits[3], engine.logits(PROMPT[:4])[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 2, 3, 7])
+def test_the_last_logits_come_without_the_others(engine: Engine, first: int) -> None:
+    """Also where passes of 3 tokens begin before the first one that is wanted."""
+    rows = list(engine.iter_logits(PROMPT, first))
+    assert torch.allclose(torch.cat(rows), engine.logits(PROMPT)[first:], atol=1e-5)
+    assert max(map(len, rows)) <= 3

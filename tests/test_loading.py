@@ -116,7 +116,7 @@ def use_memory(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_memory(monkeypatch, 300_000)
+    use_memory(monkeypatch, 100_000)
     with pytest.raises(WillNotFitError, match="GiB"):
         llamachat.load(folder)
 

@@ -4,105 +4,105 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scripted import Bytes
 from torch import Tensor
 
 import llamachat
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import DamagedFileError, UsageError
-from llamachat.measure.evaluate import perplexity
+from llamachat.measure.evaluate import Figures, evaluate, windows
 
 # A window takes each side a second or more; 20 are the figure to compare with.
 N_WINDOWS = int(os.environ.get("LLAMACHAT_TEST_WINDOWS", "2"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Counting:
     """Says of every next token how likely it is by the token itself: 2^-(1 + id)."""
 
-    add_bos: bool = False
-    asked: list[list[int]] = field(default_factory=list)
-
-    @property
-    def tokenizer(self) -> Any:
-        return SimpleNamespace(bos_id=0, add_bos=self.add_bos)
-
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        self.asked.append(list(ids))
+    def iter_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Tensor]:
         halves = -math.log(2) * torch.arange(1, 41, dtype=torch.float32)
-        return halves.repeat(len(ids), 1)
+        yield halves.repeat(len(ids) - first, 1)
+
+
+def scored(*windows: Sequence[int]) -> Figures:
+    *_, figures = evaluate(Counting(), windows)
+    return figures
 
 
 def test_only_the_second_half_of_each_window_is_scored() -> None:
     """Of 8 tokens the last 3: the logits of tokens 4 to 6 say what 5 to 7 are."""
-    text = [9, 9, 9, 9, 9, 1, 2, 3, 9, 9, 9, 9, 9, 0, 0, 4, 7]
-    found = perplexity(Counting(), text, window=8)
+    found = scored([9, 9, 9, 9, 9, 1, 2, 3], [9, 9, 9, 9, 9, 0, 0, 4])
     bits = np.array([2, 3, 4, 1, 1, 5])
     assert found.tokens == 6
-    assert found.perplexity == pytest.approx(2 ** bits.mean(), rel=1e-6)
+    assert found.perplexity.value == pytest.approx(2 ** bits.mean(), rel=1e-6)
+
+
+def test_figures_after_each_window_are_those_of_all_so_far() -> None:
+    text = [[9, 9, 9, 9, token, 3] for token in (1, 2, 3)]
+    assert list(evaluate(Counting(), text)) == [scored(*text[:n]) for n in (1, 2, 3)]
 
 
 def test_the_standard_error_is_that_of_llama_cpp() -> None:
     """tools/perplexity/perplexity.cpp: sqrt((E[l^2] - E[l]^2) / (n - 1)) times the perplexity."""
-    text = [9, 9, 9, 9, 9, 1, 2, 3]
-    found = perplexity(Counting(), text, window=8)
+    found = scored([9, 9, 9, 9, 9, 1, 2, 3])
     losses = math.log(2) * np.array([2, 3, 4])
     error = math.sqrt((np.mean(losses**2) - np.mean(losses) ** 2) / 2) * math.exp(losses.mean())
-    assert found.stderr == pytest.approx(error, rel=1e-6)
-
-
-def test_windows_follow_one_another_and_a_rest_is_left_out() -> None:
-    model = Counting()
-    perplexity(model, list(range(11)), window=4)
-    assert model.asked == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-def test_bos_takes_the_place_of_the_first_token_of_each_window() -> None:
-    model = Counting(add_bos=True)
-    perplexity(model, list(range(1, 10)), window=4)
-    assert model.asked == [[0, 2, 3, 4], [0, 6, 7, 8]]
-
-
-def test_no_more_windows_are_scored_than_were_asked_for() -> None:
-    model = Counting()
-    assert perplexity(model, list(range(40)), window=4, windows=3).tokens == 3
-    assert perplexity(model, list(range(40)), window=4, windows=99).tokens == 10
+    assert found.perplexity.stderr == pytest.approx(error, rel=1e-6)
 
 
 def test_a_single_token_has_no_standard_error() -> None:
-    found = perplexity(Counting(), [9, 9, 2], window=3)
-    assert (found.perplexity, found.tokens) == (pytest.approx(8), 1)
-    assert math.isnan(found.stderr)
+    found = scored([9, 9, 2])
+    assert (found.perplexity.value, found.tokens) == (pytest.approx(8), 1)
+    assert math.isnan(found.perplexity.stderr)
+
+
+def test_damaged_weights_are_told() -> None:
+    class Damaged(Counting):
+        def iter_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Tensor]:
+            return (logits * math.nan for logits in super().iter_logits(ids, first))
+
+    with pytest.raises(DamagedFileError, match="not numbers"):
+        next(evaluate(Damaged(), [[1] * 8]))
+
+
+def test_windows_follow_one_another_and_a_rest_is_left_out() -> None:
+    assert windows(Bytes(), "abcdefghijk", size=4) == [list(b"abcd"), list(b"efgh")]
+
+
+def test_a_text_of_whole_windows_is_used_to_its_end() -> None:
+    assert windows(Bytes(), "abcdefgh", size=4) == [list(b"abcd"), list(b"efgh")]
+
+
+def test_bos_begins_the_text_and_takes_the_place_of_each_window_s_first_token() -> None:
+    """As in llama.cpp: the text's first token is kept, that of the next window is not."""
+    found = windows(Bytes(bos_id=0, add_bos=True), "abcdefghi", size=4)
+    assert found == [[0, *b"abc"], [0, *b"efg"]]
+
+
+def test_no_more_windows_are_cut_than_were_asked_for() -> None:
+    assert len(windows(Bytes(), 40 * "a", size=4, at_most=3)) == 3
+    assert len(windows(Bytes(), 40 * "a", size=4, at_most=99)) == 10
 
 
 @pytest.mark.parametrize(
     ("n_tokens", "settings", "named"),
     [
-        (7, {"window": 8}, "7 tokens, expected a window of 8"),
-        (9, {"window": 2}, "window is 2, expected 3"),
-        (9, {"window": 4, "windows": 0}, "windows is 0"),
+        (7, {"size": 8}, "7 tokens, expected a window of 8"),
+        (9, {"size": 2}, "window of 2 .* expected 3"),
+        (9, {"size": 4, "at_most": 0}, "0 windows"),
     ],
 )
 def test_nothing_to_score_is_refused(n_tokens: int, settings: dict[str, int], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        perplexity(Counting(), [1] * n_tokens, **settings)
-
-
-def test_damaged_weights_are_told() -> None:
-    class Damaged(Counting):
-        def logits(self, ids: Sequence[int]) -> Tensor:
-            return super().logits(ids) * math.nan
-
-    with pytest.raises(DamagedFileError, match="not numbers"):
-        perplexity(Damaged(), [1] * 8, window=8)
+        windows(Bytes(), "a" * n_tokens, **settings)
 
 
 def reference_losses(logits: Callable[[list[int]], Tensor], text: list[int], n: int) -> np.ndarray:
@@ -143,9 +143,9 @@ def test_the_default_models_perplexity_is_that_of_transformers(data: Path) -> No
         with torch.inference_mode():
             return theirs(torch.tensor([ids])).logits[0]
 
-    text = model.tokenizer.encode((data / "text" / "wiki.test.raw").read_text("utf-8"))
+    text = (data / "text" / "wiki.test.raw").read_text("utf-8")
     assert not model.tokenizer.add_bos
-    found = perplexity(model, text, windows=N_WINDOWS)
-    expected = math.exp(reference_losses(their_logits, text, N_WINDOWS).mean())
+    *_, found = evaluate(model, windows(model.tokenizer, text, at_most=N_WINDOWS))
+    losses = reference_losses(their_logits, model.tokenizer.encode(text), N_WINDOWS)
     assert found.tokens == 255 * N_WINDOWS
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    assert found.perplexity.value == pytest.approx(math.exp(losses.mean()), rel=1e-5)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from llamachat.chat.templates import Message, encode, template_of
 from llamachat.errors import DamagedFileError, UsageError
 from llamachat.kernels.backends import choose
 from llamachat.loading import Model
-from llamachat.measure.evaluate import Divergence, divergence
+from llamachat.measure.evaluate import Divergence, Figures, Scores, evaluate, windows
 
 # 40 windows, and with them all 80 questions, are the figures to report.
 N_WINDOWS = int(os.environ.get("LLAMACHAT_TEST_WINDOWS", "2"))
@@ -35,12 +35,9 @@ class Says:
 
     chances: Sequence[Sequence[float]]
 
-    @property
-    def tokenizer(self) -> Any:
-        return SimpleNamespace(add_bos=False, bos_id=None)
-
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(self.chances).log()[list(ids)] + 5.0
+    def iter_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Tensor]:
+        logits = torch.tensor(self.chances).log()[list(ids)] + 5.0
+        yield from logits[first:].split(2)  # as passes end somewhere, too
 
 
 HALF, QUARTER, FLAT = (0.5, 0.25, 0.25), (0.25, 0.5, 0.25), (0.25, 0.25, 0.5)
@@ -50,10 +47,15 @@ ODD = Says([HALF, QUARTER, FLAT])
 SWAPPED = 0.25 * math.log(2)  # (1/2 - 1/4) log (1/2 : 1/4)
 
 
+def compared(model: Scores, reference: Scores, *windows: list[int]) -> Divergence:
+    *_, figures = evaluate(model, windows, reference=reference)
+    assert figures.divergence is not None
+    return figures.divergence
+
+
 def test_divergence_is_that_of_the_scored_halves() -> None:
     """Of 8 tokens the words 5 to 7 are scored, as what follows the words 4 to 6."""
-    windows = [2, 2, 2, 2, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]
-    found = divergence(ODD, EVEN, [*windows[0], *windows[1]], window=8)
+    found = compared(ODD, EVEN, [2, 2, 2, 2, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0])
     assert found.top1_agreement == pytest.approx(5 / 6)
     assert found.kl.mean == pytest.approx(SWAPPED / 6)
     assert (found.kl.median, found.kl.max) == pytest.approx((0, SWAPPED), abs=1e-6)
@@ -61,35 +63,66 @@ def test_divergence_is_that_of_the_scored_halves() -> None:
 
 def test_divergence_is_from_the_reference_s_point_of_view() -> None:
     sure, torn = Says([(0.98, 0.01, 0.01)]), Says([(0.5, 0.25, 0.25)])
-    found = divergence(sure, torn, [0] * 8, window=8)
+    found = compared(sure, torn, [0] * 8)
     assert found.kl.mean == pytest.approx(0.5 * math.log(0.5 / 0.98) + 0.5 * math.log(25))
 
 
+def test_the_mean_divergence_has_a_standard_error() -> None:
+    """Of one figure that is not zero among six: its share of the mean varies by sqrt(1/6)."""
+    found = compared(ODD, EVEN, [2, 2, 2, 2, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0])
+    figures = np.array([0, 0, SWAPPED, 0, 0, 0])
+    assert found.kl.stderr == pytest.approx(figures.std(ddof=1) / math.sqrt(6), rel=1e-5)
+
+
 def test_divergence_tells_both_perplexities() -> None:
-    found = divergence(ODD, EVEN, [2, 2, 2, 2, 2, 1, 0, 2], window=8)
-    assert found.perplexity.perplexity == pytest.approx(4)
-    assert found.reference.perplexity == pytest.approx(2 ** (5 / 3))
-    assert found.perplexity.tokens == found.reference.tokens == 3
+    *_, found = evaluate(ODD, [[2, 2, 2, 2, 2, 1, 0, 0]], reference=EVEN)
+    assert found.divergence is not None
+    assert found.perplexity.value == pytest.approx(2 ** (5 / 3))
+    assert found.divergence.reference.value == pytest.approx(2 ** (4 / 3))
+    assert found.divergence.ratio.value == pytest.approx(2 ** (1 / 3))
+
+
+def test_the_ratio_is_surer_than_either_perplexity() -> None:
+    """Where a model is always half as sure as the reference, the ratio is 2 without an error."""
+    text = [0, 0, 0, 0, 0, 1, 0, 1]
+    reference = Says([(0.5, 0.25, 0.25)] * 3)
+    model = Says([(0.25, 0.125, 0.625)] * 3)
+    found = compared(model, reference, text)
+    assert found.reference.stderr > 0.1
+    assert (found.ratio.value, found.ratio.stderr) == pytest.approx((2, 0), abs=1e-6)
+
+
+def test_changes_of_the_right_token_s_probability_are_told_in_percent() -> None:
+    """By a quarter up, by a quarter down, and not at all: as llama-perplexity's "RMS Δp"."""
+    found = compared(ODD, EVEN, [2, 2, 2, 2, 1, 1, 0, 0])  # after 1 comes 1, after 1 0, after 0 0
+    assert found.rms_dp_percent == pytest.approx(100 * 0.25 * math.sqrt(2 / 3))
 
 
 def test_the_99th_percentile_lies_between_the_two_figures_around_it() -> None:
     """Only the last of 51 is not 0, and 99 % of the way from the first is between the last two."""
-    text = [0] * 53 + [1] + [0] * 50
-    found = divergence(ODD, EVEN, text, window=104)
-    assert found.perplexity.tokens == 51
+    found = compared(ODD, EVEN, [0] * 53 + [0] * 49 + [1, 0])
     assert found.kl.p99 == pytest.approx(SWAPPED / 2)
+
+
+def test_a_vocabulary_that_is_worked_on_in_pieces_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = [2, 2, 2, 2, 2, 2, 2, 2, 2, 0, 1, 0, 1, 2, 1, 0, 2]
+    whole = compared(ODD, EVEN, text)
+    monkeypatch.setattr("llamachat.measure.evaluate.BLOCK", 1)  # a row at a time
+    assert compared(ODD, EVEN, text) == whole
 
 
 def test_models_of_different_vocabularies_are_not_compared() -> None:
     with pytest.raises(UsageError, match="model knows 3 ids, the reference 2"):
-        divergence(EVEN, Says([(0.5, 0.5)]), [0] * 8, window=8)
+        compared(EVEN, Says([(0.5, 0.5)]), [0] * 8)
 
 
 @pytest.mark.parametrize("damaged", ["model", "reference"])
 def test_a_damaged_model_is_not_compared(damaged: str) -> None:
     models = {"model": EVEN, "reference": EVEN} | {damaged: Says([(math.nan,) * 3])}
     with pytest.raises(DamagedFileError, match="not numbers"):
-        divergence(models["model"], models["reference"], [0] * 8, window=8)
+        compared(models["model"], models["reference"], [0] * 8)
 
 
 # Which share of next tokens is the reference's. Near ties are many in so small a model: 8-bit keys
@@ -123,24 +156,27 @@ def default_model(**settings: Any) -> Model:
 @pytest.fixture(scope="module", params=["auto", "int8"])
 def on_wikitext(
     request: pytest.FixtureRequest, packed: Callable[[str], Model], reference: Model, data: Path
-) -> Divergence:
-    text = reference.tokenizer.encode((data / "text" / "wiki.test.raw").read_text("utf-8"))
-    return divergence(packed(request.param), reference, text, windows=N_WINDOWS)
+) -> Figures:
+    text = (data / "text" / "wiki.test.raw").read_text("utf-8")
+    chunks = windows(reference.tokenizer, text, at_most=N_WINDOWS)
+    *_, figures = evaluate(packed(request.param), chunks, reference=reference)
+    return figures
 
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_native_kernels_keep_the_default_model_s_perplexity(on_wikitext: Divergence) -> None:
+def test_native_kernels_keep_the_default_model_s_perplexity(on_wikitext: Figures) -> None:
     """Within 1 %, and three standard errors: a token's losses differ by about sqrt(2 KL)."""
-    kept, n_tokens = on_wikitext.reference.perplexity, on_wikitext.reference.tokens
-    error = math.sqrt(2 * on_wikitext.kl.mean / n_tokens)
-    assert on_wikitext.perplexity.perplexity == pytest.approx(kept, rel=0.01 + 3 * error)
+    assert on_wikitext.divergence is not None
+    error = math.sqrt(2 * on_wikitext.divergence.kl.mean / on_wikitext.tokens)
+    assert on_wikitext.divergence.ratio.value == pytest.approx(1, abs=0.01 + 3 * error)
 
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_native_kernels_keep_the_default_model_s_predictions(on_wikitext: Divergence) -> None:
-    assert on_wikitext.kl.mean < 0.01
+def test_native_kernels_keep_the_default_model_s_predictions(on_wikitext: Figures) -> None:
+    assert on_wikitext.divergence is not None
+    assert on_wikitext.divergence.kl.mean < 0.01
 
 
 @pytest.fixture(scope="module")

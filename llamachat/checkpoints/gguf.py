@@ -65,6 +65,13 @@ class GgufCheckpoint:
             _check_vocabulary(metadata, config.vocab_size)
         return config
 
+    def declared_config(self, *, tied: bool, vocab_size: int) -> ModelConfig:
+        """What the metadata says of tensors that are elsewhere: `vocab_size` rows in the table."""
+        with located(self._path):
+            config = config_from_gguf(self._header.metadata, tied=tied, vocab_size=vocab_size)
+            _check_vocabulary(self._header.metadata, vocab_size)
+        return config
+
     @property
     def form(self) -> str:
         """The tensor type that takes most bytes, for example "Q4_K"."""

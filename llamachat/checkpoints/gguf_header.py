@@ -87,6 +87,20 @@ def read_header(path: Path) -> Header:
         return Header(metadata, _locate(stored, path, _alignment(metadata), reader))
 
 
+def without_tensors(path: Path) -> bytes:
+    """A GGUF file of the same metadata that holds no tensors.
+
+    Raises:
+        DamagedFileError: as `read_header`.
+    """
+    with map_file(path) as data, located(path):
+        reader = _Reader(data)
+        _check_magic(reader)
+        magic, _ = reader.at, reader.number("Q")
+        _read_metadata(reader, reader.count("metadata keys", least_bytes=13))
+        return data[:magic] + bytes(8) + data[magic + 8 : reader.at]
+
+
 def integer(metadata: Mapping[str, Any], key: str, default: int) -> int:
     """A non-negative integer of the metadata.
 

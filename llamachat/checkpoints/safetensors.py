@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from llamachat.architecture import ModelConfig, brief, config_from_hf
+from llamachat.checkpoints import bnb
 from llamachat.checkpoints.names import Shape, check_shapes, iter_weights, located, shown
 from llamachat.errors import DamagedFileError, TransferError
 from llamachat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from llamachat.quant.tensor import QTensor
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -67,6 +70,17 @@ class FolderCheckpoint:
     @cached_property
     def config(self) -> ModelConfig:
         """The architecture; the presence, shape and type of every tensor agree with it."""
+        config = self.declared_config
+        if _HEAD not in self._stored:
+            config = replace(config, tied=True)
+        quantized = self._quantized
+        with located(self._path):
+            self._check_tensors(config, quantized)
+        return config
+
+    @property
+    def declared_config(self) -> ModelConfig:
+        """What config.json says, not compared with any tensor."""
         path = self._path / _CONFIG
         if not path.exists():
             raise DamagedFileError(
@@ -75,18 +89,15 @@ class FolderCheckpoint:
             )
         values = _read_json(path)
         with located(path):
-            config = config_from_hf(values)
-        if _HEAD not in self._stored:
-            config = replace(config, tied=True)
-        with located(self._path):
-            self._check_tensors(config)
-        return config
+            return config_from_hf(values)
 
     @property
     def form(self) -> str:
-        """The type of most values: "BF16", "F16" or "F32"."""
+        """The type of most values, of quantized ones if there are any: "BF16", "NF4"..."""
         n_values: Counter[str] = Counter()
-        for stored in self._stored.values():
+        for weight in self._quantized.values():
+            n_values[weight.form] += math.prod(weight.shape)
+        for stored in () if n_values else self._stored.values():
             n_values[stored.dtype] += math.prod(stored.shape)
         return n_values.most_common(1)[0][0] if n_values else "no weights"
 
@@ -122,10 +133,10 @@ class FolderCheckpoint:
             eos_ids=self._token_ids("eos_token_id"),
         )
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight by its name, in the order of a forward pass; a tied head is left out."""
         for weight in iter_weights(self.config):
-            yield weight.hf, _read_tensor(self._stored[weight.hf].path, weight.hf)
+            yield weight.hf, self._read(weight.hf)
 
     @cached_property
     def _stored(self) -> Mapping[str, _Stored]:
@@ -141,6 +152,26 @@ class FolderCheckpoint:
                 )
             stored[name] = headers[shard][name]
         return stored
+
+    @cached_property
+    def _quantized(self) -> Mapping[str, bnb.Quantized]:
+        """Those weights that lie in several tensors."""
+        contents: dict[str, bytes] = {}
+        with located(self._path):
+            described = list(bnb.described(self._stored))
+        for path in {self._stored[name].path for name in described}:
+            names = [name for name in described if self._stored[name].path == path]
+            with opened(path, framework="numpy") as file:  # without torch
+                contents |= {name: file.get_tensor(name).tobytes() for name in names}
+        with located(self._path):
+            return bnb.quantized(self._stored, contents)
+
+    def _read(self, name: str) -> Tensor | QTensor:
+        def tensor(name: str) -> Tensor:
+            return _read_tensor(self._stored[name].path, name)
+
+        weight = self._quantized.get(name)
+        return weight.read(tensor) if weight else tensor(name)
 
     @property
     def _weight_files(self) -> tuple[Path, ...]:
@@ -162,16 +193,20 @@ class FolderCheckpoint:
                     )
         return weight_map
 
-    def _check_tensors(self, config: ModelConfig) -> None:
-        ignored = {_HEAD} if config.tied else set()
-        found = {
-            name: stored.shape
+    def _check_tensors(self, config: ModelConfig, quantized: Mapping[str, bnb.Quantized]) -> None:
+        parts = {name for weight in quantized.values() for name in weight.tensors}
+        floats = {
+            name: stored
             for name, stored in self._stored.items()
-            if name not in ignored and not name.endswith(_UNREAD)
+            if name not in parts and not name.endswith(_UNREAD)
         }
-        check_shapes(found, ((weight.hf, weight.shape) for weight in iter_weights(config)))
-        for name in found:
-            if (dtype := self._stored[name].dtype) not in _DTYPES:
+        shapes: dict[str, Shape] = {name: stored.shape for name, stored in floats.items()}
+        shapes |= {name: weight.shape for name, weight in quantized.items()}
+        if config.tied:
+            shapes.pop(_HEAD, None)
+        check_shapes(shapes, ((weight.hf, weight.shape) for weight in iter_weights(config)))
+        for name in shapes.keys() & floats.keys():
+            if (dtype := floats[name].dtype) not in _DTYPES:
                 raise DamagedFileError(f"{name}: type {dtype}, expected {', '.join(_DTYPES)}")
 
     def _token_ids(self, key: str) -> tuple[int, ...]:
@@ -204,7 +239,7 @@ def _default_template(template: Any) -> str | None:
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     """Names, shapes and types; the library checks every offset against the file's size."""
-    with _opened(path, framework="numpy") as file:  # without torch, and no array is made
+    with opened(path, framework="numpy") as file:  # without torch, and no array is made
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         return {
             name: _Stored(path, tuple(it.get_shape()), it.get_dtype())
@@ -213,13 +248,19 @@ def _read_header(path: Path) -> dict[str, _Stored]:
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
-    with _opened(path, framework="pt") as file:
+    with opened(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
 @contextmanager
-def _opened(path: Path, *, framework: str) -> Iterator[Any]:
+def opened(path: Path, *, framework: str) -> Iterator[Any]:
+    """The library's handle on one file, whose header it has checked.
+
+    Raises:
+        DamagedFileError: there is no such file, or it is not what it should be.
+        TransferError: it cannot be read.
+    """
     if not path.exists():
         raise DamagedFileError(
             f"{path}: no such file, expected weights",

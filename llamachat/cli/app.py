@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llamachat.cli import bench, chat, doctor, models, tokenize
+from llamachat.cli import bench, chat, doctor, eval, models, quantize, tokenize
 from llamachat.errors import LlamachatError, UsageError
 from llamachat.terminal import output
 from llamachat.terminal.failure import show_failure
@@ -138,6 +138,8 @@ for name, command in (
     ("where", models.where),
     ("rm", models.remove),
     ("tokenize", tokenize.tokenize),
+    ("quantize", quantize.quantize),
+    ("eval", eval.evaluate),
     ("bench", bench.bench),
     ("doctor", doctor.doctor),
 ):

@@ -28,7 +28,7 @@ def bench(
         int, option("--repetitions", "-r", metavar="N", help="Of each test [5].")
     ] = 5,
     quantize: Annotated[
-        str, option("--quantize", metavar="FORM,...", help="auto; none: unpack weights.")
+        str, option("--quantize", metavar="FORM,...", help="auto, none, int8, int4, nf4...")
     ] = "auto",
     output: Annotated[
         Text, option("--output", "-o", metavar="FORM", help="md [default], json, jsonl, csv.")

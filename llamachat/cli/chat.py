@@ -57,13 +57,14 @@ def chat(
     ] = None,
     device: Annotated[str, option("--device", metavar="NAME", help="auto, cpu.")] = "auto",
     backend: Annotated[
-        str, option("--backend", metavar="NAME", help="auto, native, reference.")
+        str, option("--backend", metavar="NAME", help="auto, native, reference, bitsandbytes.")
     ] = "auto",
     dtype: Annotated[
         str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")
     ] = "auto",
     quantize: Annotated[
-        str, option("--quantize", metavar="NAME", help="auto, none: unpack weights to --dtype.")
+        str,
+        option("--quantize", metavar="FORM", help="auto, none, int8, int4, nf4, fp4, llm-int8."),
     ] = "auto",
     kv_cache: Annotated[
         str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")

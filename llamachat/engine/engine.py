@@ -30,6 +30,7 @@ class Engine:
     Attributes:
         ctx_size: tokens that a prompt and its reply may have together.
         stop_ids: what ends a reply unless `generate` is told otherwise.
+        kv_cache: the form of keys and values.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class Engine:
         self.decoder = decoder
         self.ctx_size = ctx_size
         self.stop_ids = stop_ids
+        self.kv_cache = kv_cache
         self._n_ids = n_ids or decoder.config.vocab_size
         self._chunk = chunk
         self._device = decoder.kernels.device
-        self._kv_cache = kv_cache
         self._cache = decoder.new_cache(ctx_size, kv_cache)
         self._slots = SlotTable(ctx_size, device=self._device)
 
@@ -115,16 +116,21 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, V) float32 of every position of `ids`; what the cache holds stays untouched."""
+        return torch.cat(list(self.iter_logits(ids)))
+
+    def iter_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Tensor]:
+        """The rows of `logits` from position `first` on, those of one pass (n, V) at a time."""
         self._check_ids(ids)
         slots = SlotTable(len(ids), device=self._device)
-        cache = self.decoder.new_cache(len(ids), self._kv_cache)
-        chunks = [ids[i : i + self._chunk] for i in range(0, len(ids), self._chunk)]
-        passes = []
-        for chunk in chunks:
-            batch, new = self._batch(slots, chunk, wanted=len(chunk))
-            passes.append(self.decoder(batch, cache))
+        cache = self.decoder.new_cache(len(ids), self.kv_cache)
+        for start in range(0, len(ids), self._chunk):
+            chunk = ids[start : start + self._chunk]
+            n_wanted = min(len(chunk), start + len(chunk) - first)
+            batch, new = self._batch(slots, chunk, wanted=max(1, n_wanted))
+            logits = self.decoder(batch, cache)
             slots.append(0, chunk, new)
-        return torch.cat(passes)
+            if n_wanted > 0:
+                yield logits
 
     def _reply(self, start: Start, strategy: Strategy) -> Iterator[EngineEvent]:
         logits = yield from self._prefill(start.prompt)

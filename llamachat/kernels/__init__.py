@@ -95,11 +95,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def quantize(self, weight: Tensor, form: Form, importance: Tensor | None = None) -> QTensor:
-        """The (O, I) floats in a form that `pack` takes.
-
-        `importance` (I,) says how much an error in each column matters; default all alike.
-        """
+    def quantize(self, weight: Tensor, form: Form) -> QTensor:
+        """(O, I) floats, which must be finite, in a form that `pack` takes."""
         ...
 
     def cache(self, shape: CacheShape, slots: int, form: str) -> Cache:

@@ -150,6 +150,21 @@ class Linear(Structure):
     )
 
 
+class Quantize(Structure):
+    """Floats to codes and scales."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("group", c_int32),
+        ("has_book", c_int32),
+        ("book", c_int8 * 16),
+    )
+
+
 class Op(Structure):
     """One step of a program; `args` is where the structure of its kind lies."""
 
@@ -176,6 +191,7 @@ def library() -> CDLL:
         "lc_pool_free": (None, (c_void_p,)),
         "lc_run": (c_int32, (c_void_p, POINTER(Op), c_int64, POINTER(Progress))),
         "lc_pack": (None, (c_void_p, c_void_p, POINTER(Panels))),
+        "lc_quantize": (None, (c_void_p, POINTER(Quantize))),
         "lc_read_bandwidth": (c_double, (c_void_p, c_void_p, c_int64)),
     }
     for name, (result, arguments) in prototypes.items():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from llamachat.kernels import Kernels
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "reference", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Backend:
     """The choice.
 
     Attributes:
-        name: "native" or "reference".
+        name: "native", "reference" or "bitsandbytes".
         reason: why it is that one, as people read it.
         missing: why native kernels are not there although they would have been taken; or None.
         isa: the instruction set of native kernels, or None.
@@ -38,12 +38,17 @@ def choose(asked: str = "auto") -> Backend:
     """Native kernels where they were built and run; plain torch elsewhere, or if asked for.
 
     Raises:
-        UsageError: there is no such backend, or native kernels were asked for and are missing.
+        UsageError: there is no such backend, or the one that was asked for is missing.
     """
     if asked not in BACKENDS:
         raise UsageError(f"backend is {asked!r}, expected one of {', '.join(BACKENDS)}")
     if asked == "reference":
         return Backend("reference", "asked for: torch, weights unpacked")
+    if asked == "bitsandbytes":
+        from llamachat.kernels.bnb import library
+
+        library()
+        return Backend("bitsandbytes", "asked for: its own modules, other weights unpacked")
     from llamachat.kernels.abi import instruction_sets
 
     try:
@@ -63,9 +68,9 @@ def choose(asked: str = "auto") -> Backend:
 
 
 def make(backend: Backend, threads: int, dtype: torch.dtype) -> Kernels:
-    """The backend on `threads` threads; plain torch unpacks weights to `dtype`.
+    """The backend on `threads` threads; the others unpack floats to `dtype`.
 
-    Torch itself keeps that many threads for the reference, and one beside native kernels: its
+    Torch itself keeps that many threads for those, and one beside native kernels: its
     pool would take turns with theirs on the same cores.
     """
     import torch
@@ -75,7 +80,11 @@ def make(backend: Backend, threads: int, dtype: torch.dtype) -> Kernels:
 
         torch.set_num_threads(1)
         return Native(threads, backend.isa)
+    torch.set_num_threads(threads)
+    if backend.name == "bitsandbytes":
+        from llamachat.kernels.bnb import BitsAndBytes
+
+        return BitsAndBytes("cpu", dtype)
     from llamachat.kernels.reference import Reference
 
-    torch.set_num_threads(threads)
     return Reference("cpu", dtype)

@@ -20,6 +20,7 @@ from llamachat.kernels import Angles, Batch, CacheShape, Norm, abi, panels
 from llamachat.kernels.abi import instruction_sets
 from llamachat.kernels.memory import Arena, huge
 from llamachat.kernels.program import Call, Program
+from llamachat.quant.form import BITSANDBYTES, CODEBOOK, Form
 from llamachat.quant.tensor import QTensor
 
 __all__ = ["Cache", "Native", "Weight", "instruction_sets"]
@@ -114,6 +115,35 @@ class Native:
             gated=gated,
         )
         return Weight(struct, packed, structs, bias, rows)
+
+    def quantize(self, weight: Tensor, form: Form) -> QTensor:
+        """On all threads, or by bitsandbytes; the same codes whatever their number."""
+        if form.name in BITSANDBYTES:
+            from llamachat.kernels import bnb
+
+            return bnb.quantize(weight, form)
+        weight = weight.float().contiguous()
+        out, columns = weight.shape
+        has_book = form.bits == 4
+        codes = (
+            torch.empty((out, columns // 2), dtype=torch.uint8)
+            if has_book
+            else torch.empty((out, columns), dtype=torch.int8)
+        )
+        scales = torch.empty((out, columns // form.group_size))
+        args = abi.Quantize(
+            x=weight.data_ptr(),
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
+            rows=out,
+            cols=columns,
+            group=form.group_size,
+            has_book=has_book,
+            book=(ctypes.c_int8 * 16)(*CODEBOOK),
+        )
+        self._lib.lc_quantize(self._pool, args)
+        codebook = torch.tensor(CODEBOOK, dtype=torch.float32) if has_book else None
+        return QTensor(codes, scales.half(), 4 if has_book else 8, form.group_size, None, codebook)
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Cache:
         """Memory that the system gives chunk by chunk as a context grows."""

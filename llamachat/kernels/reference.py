@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamachat.kernels import Angles, Batch, CacheShape, Norm
+from llamachat.quant.form import BITSANDBYTES, Form
+from llamachat.quant.quantize import quantize
 from llamachat.quant.tensor import QTensor
 
 
@@ -137,6 +139,14 @@ class Reference:
             self._block(matrix)
             matrix.rows = matrix.rows if matrix.blocked is None else None
         return matrix
+
+    def quantize(self, weight: Tensor, form: Form) -> QTensor:
+        """In torch, or by bitsandbytes."""
+        if form.name in BITSANDBYTES:
+            from llamachat.kernels import bnb
+
+            return bnb.quantize(weight, form)
+        return quantize(weight.to(self.device), form)
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Cache:
         """Memory in `dtype`; the system gives pages when they are first written."""

@@ -8,11 +8,12 @@ from typing import Literal
 
 from llamachat import settings
 from llamachat.errors import LlamachatError, ModelNotFoundError, TransferError, UsageError
-from llamachat.library import Notice, Progress, bundled, catalog, hub
+from llamachat.library import Notice, Progress, bundled, catalog, hub, quantized
 from llamachat.library.catalog import Entry, Wheel
 from llamachat.library.hub import HubName
+from llamachat.library.quantized import Quantized
 
-Source = Literal["bundled", "hub", "local"]
+Source = Literal["bundled", "hub", "local", "quantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Located:
         alias: its short name, if it was named by that.
         repo: the Hub repository it is from; None for a path.
         revision: the commit, or "name==version" of the wheel; None for a path.
-        source: "bundled" (from a wheel), "hub" or "local" (the user named a path).
+        source: "bundled" (from a wheel), "hub", "quantized" (the cache of such) or "local" (the
+            user named another path).
     """
 
     path: Path
@@ -36,13 +38,19 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A model that `list` shows. `name` finds it again."""
+    """A model that `list` shows. `name` finds it again.
+
+    Of a quantized one the name is its path, `form` is what it was made to, and `made_from` the name
+    that its source had.
+    """
 
     name: str
     alias: str | None
     path: Path
     size_bytes: int
     source: Source
+    form: str | None = None
+    made_from: str | None = None
 
 
 def resolve(
@@ -73,7 +81,7 @@ def resolve(
         TransferError: the network or the disk failed.
     """
     found = locate(name, revision=revision)
-    if found is not None and (found.source == "local" or not force):
+    if found is not None and (found.source in ("local", "quantized") or not force):
         return found
     entry, target = catalog.find(name), _hub_name(name)
     if target is None:
@@ -98,7 +106,9 @@ def locate(name: str, *, revision: str | None = None) -> Located | None:
     if path := _local(name):
         if revision is not None:
             raise UsageError(f"{name} is a path, which has no revision {revision}")
-        return Located(path, None, None, None, "local")
+        return Located(
+            path, None, None, None, "quantized" if quantized.is_cached(path) else "local"
+        )
     entry, target = catalog.find(name), _hub_name(name)
     if entry and entry.wheel and revision is None and (path := bundled.locate(entry.wheel)):
         return _in_bundle(path, entry, entry.wheel)
@@ -119,7 +129,7 @@ def require(name: str, *, revision: str | None = None) -> Located:
 
 
 def installed() -> list[Installed]:
-    """Every model on disk that can be named without a path, aliases first."""
+    """Every model on disk that was fetched or quantized, aliases first."""
     found = [(entry.alias, entry.alias, locate(entry.alias)) for entry in catalog.CATALOG]
     models = [
         Installed(name, alias, at.path, hub.size_bytes(at.path), at.source)
@@ -132,11 +142,15 @@ def installed() -> list[Installed]:
         for name, path in hub.installed()
         if path not in taken
     ]
+    models += [
+        Installed(str(it.path), None, it.path, it.size_bytes, "quantized", it.form, it.source)
+        for it in quantized.installed()
+    ]
     return models
 
 
 def remove(located: Located) -> int:
-    """Delete a model that was fetched.
+    """Delete a model that was fetched, and what was quantized from it; or a quantized one.
 
     Returns:
         bytes freed.
@@ -150,6 +164,22 @@ def remove(located: Located) -> int:
             f"{located.path} was named by its path and is left alone",
             hint="name a model that `llamachat list` shows, or delete the path yourself",
         )
+    if located.source == "quantized":
+        return quantized.remove(located.path)
+    made = derived(located)
+    return _remove_fetched(located) + sum(quantized.remove(it.path) for it in made)
+
+
+def derived(located: Located) -> list[Quantized]:
+    """What was quantized from a model and goes with it."""
+    root = located.path
+    if located.source == "hub" and located.repo is not None and root.is_dir():
+        root = HubName(located.repo).folder  # all revisions
+    found = quantized.installed()
+    return [it for it in found if it.source_path and it.source_path.is_relative_to(root)]
+
+
+def _remove_fetched(located: Located) -> int:
     try:
         if located.source == "hub" and located.repo is not None:
             return hub.remove(_from_hub(located.repo, located), located.path)

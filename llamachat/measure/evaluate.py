@@ -14,27 +14,23 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from llamachat.errors import DamagedFileError, UsageError
 from llamachat.tokenizer import Tokenizer
 
+BLOCK = 2**19  # values that are worked on at once: 4 MiB in float64, which caches hold
+
 
 @dataclass(frozen=True, slots=True)
-class Perplexity:
-    """How surprised a model is by a text.
+class Estimate:
+    """A figure and its standard error, which is NaN for a single token."""
 
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood of a token.
-        stderr: the standard error of `perplexity`; NaN for a single token.
-        tokens: how many were scored.
-    """
-
-    perplexity: float
+    value: float
     stderr: float
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of many figures the mean, the median, the 99th percentile and the largest."""
+    """Of many figures the mean and its standard error, median, 99th percentile and largest."""
 
     mean: float
+    stderr: float
     median: float
     p99: float
     max: float
@@ -45,136 +41,159 @@ class Divergence:
     """How far what a model predicts is from what a reference does, on the same text.
 
     Attributes:
-        perplexity: the model's.
         reference: the reference's perplexity.
+        ratio: the model's perplexity to it; most of what makes either uncertain cancels out.
         kl: D(reference || model) at the scored tokens, in nats.
+        rms_dp_percent: root mean square of p(token | model) - p(token | reference), in percent.
         top1_agreement: share of the scored tokens where both find the same one likeliest.
     """
 
-    perplexity: Perplexity
-    reference: Perplexity
+    reference: Estimate
+    ratio: Estimate
     kl: Spread
+    rms_dp_percent: float
     top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How surprised a model is by a text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of a token.
+        tokens: how many were scored.
+        divergence: from the reference, where there is one.
+    """
+
+    perplexity: Estimate
+    tokens: int
+    divergence: Divergence | None = None
 
 
 class Scores(Protocol):
     """As much of a `Model` as is needed to score a text."""
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Says which token begins a window."""
-        ...
-
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """(T, V) float32 of every position."""
+    def iter_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Tensor]:
+        """(n, V) float32 of some positions at a time, from `first` to the last."""
         ...
 
 
-def perplexity(
-    model: Scores, text_ids: Sequence[int], *, window: int = 512, windows: int | None = None
-) -> Perplexity:
-    """Score the second half of each window, given all of the window before it.
+def windows(
+    tokenizer: Tokenizer, text: str, *, size: int = 512, at_most: int | None = None
+) -> list[list[int]]:
+    """Cut a text's ids into windows of `size`; what is left at the end is dropped.
 
-    Windows do not overlap, and what is left at the end is not scored. Where the tokenizer begins
-    prompts with BOS, it takes the place of each window's first token. So does llama.cpp
-    (tools/perplexity/perplexity.cpp, `perplexity`), which also puts it before the text itself.
-    Sums are float64.
-
-    Args:
-        model: what is measured.
-        text_ids: the text.
-        window: tokens of one window; the last (window - 1) // 2 of them are scored.
-        windows: at most so many, from the beginning; None for all.
+    Where the tokenizer begins prompts with BOS, it comes before the text, and takes the place of
+    each window's first token. So does llama.cpp (tools/perplexity/perplexity.cpp, `perplexity`).
 
     Raises:
         UsageError: the text has not one window, or a window nothing to score.
-        DamagedFileError: the model's logits are not numbers.
     """
-    windows_ = _windows(model, text_ids, window, windows)
-    return _perplexity(torch.cat([_losses(_scored(model, ids), ids) for ids in windows_]))
+    if size < 3:
+        raise UsageError(f"a window of {size} has nothing to score, expected 3 tokens or more")
+    if at_most is not None and at_most < 1:
+        raise UsageError(f"{at_most} windows were asked for, expected 1 or more")
+    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ids = [*bos, *tokenizer.encode(text)]
+    if len(ids) < size:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, expected a window of {size} or more",
+            hint="take a longer text or a smaller window",
+        )
+    starts = range(0, len(ids) - size + 1, size)[:at_most]
+    return [[*bos, *ids[start + len(bos) : start + size]] for start in starts]
 
 
-def divergence(
-    model: Scores,
-    reference: Scores,
-    text_ids: Sequence[int],
-    *,
-    window: int = 512,
-    windows: int | None = None,
-) -> Divergence:
-    """Score a text as `perplexity` does with a model and with a reference, and compare.
+def evaluate(
+    model: Scores, windows: Sequence[Sequence[int]], *, reference: Scores | None = None
+) -> Iterator[Figures]:
+    """Score the second half of each window, given all of the window before it.
 
-    Both must have the same vocabulary; the model says whether windows begin with BOS.
+    Yields after each window the figures of all so far. The windows, the half that is scored, and
+    the definitions are those of llama.cpp (tools/perplexity/perplexity.cpp); sums are float64.
 
     Args:
         model: what is measured.
+        windows: ids, 3 or more each; of T the last (T - 1) // 2 are scored.
         reference: what it should be like, usually the same weights less compressed.
-        text_ids: the text.
-        window: as for `perplexity`.
-        windows: as for `perplexity`.
 
     Raises:
-        UsageError: as `perplexity`, or the vocabularies differ in size.
+        UsageError: the vocabularies of the two differ in size.
         DamagedFileError: logits of either are not numbers.
     """
-    columns: list[tuple[Tensor, ...]] = []  # a window each
-    for ids in _windows(model, text_ids, window, windows):
-        found, expected = _scored(model, ids), _scored(reference, ids)
-        if found.shape != expected.shape:
+    models = [model] if reference is None else [model, reference]
+    scored: list[Tensor] = []
+    for ids in windows:
+        scored.append(_columns(_blocks(models, ids)))
+        yield _figures(*torch.cat(scored, dim=1))
+
+
+def _blocks(models: Sequence[Scores], ids: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    """A few scored tokens (n,) at a time, with every model's logits (n, V) of what they are."""
+    first = len(ids) // 2
+    following = torch.tensor(ids[first + 1 :])
+    passes = [model.iter_logits(ids[:-1], first) for model in models]
+    for logits in zip(*passes, strict=True):
+        found, expected = logits[0].shape[1], logits[-1].shape[1]
+        if found != expected:
             raise UsageError(
-                f"the model knows {found.shape[1]} ids, the reference {expected.shape[1]}",
+                f"the model knows {found} ids, the reference {expected}",
                 hint="compare models of one vocabulary",
             )
-        kl = kl_div(found, expected, reduction="none", log_target=True).sum(-1)
-        agrees = found.argmax(-1) == expected.argmax(-1)
-        columns.append((_losses(found, ids), _losses(expected, ids), kl, agrees))
-    losses, their_losses, kl, agrees = map(torch.cat, zip(*columns, strict=True))
-    return Divergence(
-        perplexity=_perplexity(losses),
-        reference=_perplexity(their_losses),
-        kl=_spread(kl),
-        top1_agreement=agrees.double().mean().item(),
-    )
+        tokens, following = following[: len(logits[0])], following[len(logits[0]) :]
+        blocks = (torch.split(it, max(1, BLOCK // found)) for it in (tokens, *logits))
+        yield from zip(*blocks, strict=True)
 
 
-def _windows(
-    model: Scores, text_ids: Sequence[int], window: int, windows: int | None
-) -> Iterator[list[int]]:
-    if window < 3:
-        raise UsageError(f"window is {window}, expected 3 tokens or more")
-    if windows is not None and windows < 1:
-        raise UsageError(f"windows is {windows}, expected 1 or more")
-    if len(text_ids) < window:
-        raise UsageError(
-            f"the text has {len(text_ids)} tokens, expected a window of {window} or more",
-            hint="take a longer text or a smaller window",
-        )
-    n_windows = min(len(text_ids) // window, windows or len(text_ids))
-    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
-    for start in range(0, n_windows * window, window):
-        ids = list(text_ids[start : start + window])
-        yield ids if bos is None else [bos, *ids[1:]]
+def _columns(blocks: Iterator[tuple[Tensor, ...]]) -> Tensor:
+    """Of each token losses; with a reference its losses, KL and agreement, too: (C, N) float64.
+
+    They are Python's floats meanwhile: small tensors between the large ones of the next block would
+    keep the memory of the last from being used again.
+    """
+    rows = [row for it in blocks for row in torch.stack(_scored(*it), dim=1).tolist()]
+    return torch.tensor(rows, dtype=torch.float64).T
 
 
-def _scored(model: Scores, ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of what follows, for the second half: ((T - 1) // 2, V) float64."""
-    return log_softmax(model.logits(ids)[len(ids) // 2 : -1].double(), dim=-1)
-
-
-def _losses(scored: Tensor, ids: Sequence[int]) -> Tensor:
-    """Negative log-likelihoods of the second half: ((T - 1) // 2,) float64."""
-    return nll_loss(scored, torch.tensor(ids[len(ids) // 2 + 1 :]), reduction="none")
-
-
-def _perplexity(losses: Tensor) -> Perplexity:
-    if not bool(losses.isfinite().all()):
+def _scored(tokens: Tensor, *logits: Tensor) -> tuple[Tensor, ...]:
+    scores = [log_softmax(it.double(), dim=-1) for it in logits]
+    losses = [nll_loss(it, tokens, reduction="none") for it in scores]
+    if not all(bool(it.isfinite().all()) for it in losses):
         raise DamagedFileError("the model's logits are not numbers: its weights are damaged")
-    value, n_tokens = losses.mean().exp().item(), len(losses)
-    # Of exp(mean), to first order: exp(mean) times the standard error of the mean.
-    stderr = value * losses.std().item() / math.sqrt(n_tokens) if n_tokens > 1 else math.nan
-    return Perplexity(value, stderr, n_tokens)
+    if len(scores) == 1:
+        return tuple(losses)
+    found, expected = scores
+    kl = kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+    agrees = found.argmax(-1) == expected.argmax(-1)
+    return (*losses, kl, agrees.double())
+
+
+def _figures(losses: Tensor, *others: Tensor) -> Figures:
+    if not others:
+        return Figures(_exp_mean(losses), len(losses))
+    their_losses, kl, agrees = others
+    changes = (-losses).exp() - (-their_losses).exp()
+    divergence = Divergence(
+        reference=_exp_mean(their_losses),
+        ratio=_exp_mean(losses - their_losses),
+        kl=_spread(kl),
+        rms_dp_percent=100 * changes.square().mean().sqrt().item(),
+        top1_agreement=agrees.mean().item(),
+    )
+    return Figures(_exp_mean(losses), len(losses), divergence)
+
+
+def _exp_mean(logs: Tensor) -> Estimate:
+    """Of exp(mean), to first order: exp(mean) times the standard error of the mean."""
+    value = logs.mean().exp().item()
+    return Estimate(value, value * _stderr(logs))
 
 
 def _spread(figures: Tensor) -> Spread:
     median, p99 = figures.quantile(torch.tensor([0.5, 0.99], dtype=figures.dtype)).tolist()
-    return Spread(figures.mean().item(), median, p99, figures.max().item())
+    return Spread(figures.mean().item(), _stderr(figures), median, p99, figures.max().item())
+
+
+def _stderr(figures: Tensor) -> float:
+    """Of the mean."""
+    return figures.std().item() / math.sqrt(len(figures)) if len(figures) > 1 else math.nan

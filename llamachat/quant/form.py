@@ -7,8 +7,14 @@ from typing import Literal, get_args
 
 FormName = Literal["int8", "int4", "nf4", "fp4", "llm-int8"]
 FORM_NAMES: tuple[FormName, ...] = get_args(FormName)
-GROUP_SIZES = (32, 64, 128)  # that users may choose
 BITSANDBYTES = ("nf4", "fp4", "llm-int8")  # quantized by that library, in its own groups
+GROUP_SIZES = (32, 64, 128)  # of int8 and int4, that users may choose
+SMALLEST_GROUP, LARGEST_GROUP = 16, 256
+
+# Levels of int4, times the group's scale. Lloyd's algorithm (S. Lloyd, Least squares quantization
+# in PCM, 1982) found them for groups of 32 Gaussian values under the search of `quantize`, from
+# those of IQ4_NL; they are rounded to 8 bits.
+CODEBOOK = (-127, -102, -82, -65, -49, -35, -22, -10, 1, 13, 25, 38, 52, 68, 86, 110)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +22,11 @@ class Form:
     """How one weight is stored.
 
     Attributes:
-        name: "int8" and "int4" are ours: symmetric, float16 scales, at 4 bits a codebook. The
+        name: "int8" and "int4" are ours: symmetric, float16 scales, at 4 bits `CODEBOOK`. The
             others are bitsandbytes' own.
-        group_size: columns that share a scale, of int8 and int4; nf4 and fp4 have blocks of 64 over
-            the flattened matrix, llm-int8 one scale a row.
+        group_size: columns that share a scale, of int8 and int4: a multiple of 16 up to 256 that
+            divides them. nf4 and fp4 have blocks of 64 over the flattened matrix, llm-int8 one
+            scale a row.
         nested: of nf4 and fp4: scales are at 8 bits, too ("double quantization").
     """
 
@@ -31,3 +38,10 @@ class Form:
     def bits(self) -> int:
         """Of one code: 4 or 8."""
         return 8 if self.name in ("int8", "llm-int8") else 4
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With scales, which are float16, but float32 in blocks of 64 for nf4 and fp4."""
+        if self.name in BITSANDBYTES:
+            return 8.0 if self.bits == 8 else 4.5
+        return self.bits + 16 / self.group_size

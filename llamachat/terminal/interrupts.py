@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 from llamachat.chat.events import Event
+from llamachat.terminal.progress import on_terminal
 
 
 @contextmanager
 def left_at_once() -> Iterator[None]:
-    """A signal inside ends the process: half-imported C extensions may swallow exceptions."""
+    """A signal inside ends the process: C extensions may swallow exceptions."""
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, _leave) for number in signals]
     try:
@@ -56,6 +57,6 @@ def interruptible(reply: Generator[Event, None, None]) -> Iterator[Event]:
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\n")  # below what is said there of loading
+    if sys.stderr.isatty():  # below what is said there, with the cursor that bars hide
+        os.write(sys.stderr.fileno(), b"\033[?25h\n" if on_terminal() else b"\n")
     os._exit(128 + number)

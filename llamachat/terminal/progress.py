@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from llamachat import settings
 from llamachat.chat.events import Prefill
@@ -15,6 +16,14 @@ from llamachat.terminal.failure import say
 PLAIN_EVERY_S = 5.0
 PATIENCE_S = 1.0  # of prefill before it shows progress
 MB = 1e6
+
+
+class Show(Protocol):
+    """Shows bytes done and in all, and what is being done to them."""
+
+    def __call__(self, done: int, total: int, what: str = ...) -> None:
+        """Show it."""
+        ...
 
 
 class Status:
@@ -86,6 +95,19 @@ def download_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None] | N
 
 
 @contextmanager
+def quantizing_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A callable that is told what is done, and bytes of the source done and in all."""
+    if quiet:
+        yield lambda what, done, total: None
+    elif on_terminal():
+        with _bar() as show:
+            yield lambda what, done, total: show(done, total, f"quantizing {what}")
+    else:
+        lines = _plain_lines()
+        yield lambda what, done, total: lines(done, total, f"{what}, ")
+
+
+@contextmanager
 def loading(*, quiet: bool) -> Iterator[None]:
     """Say that a model is being loaded, on a terminal, and take it away again."""
     status = Status(quiet=quiet)
@@ -97,11 +119,11 @@ def loading(*, quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
+def _bar() -> Iterator[Show]:
     """A rich bar that appears with the first byte and stays when it is full."""
     bar = task = None
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, what: str = "downloading") -> None:
         nonlocal bar, task
         if bar is None:
             from rich.console import Console
@@ -122,10 +144,10 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            task = bar.add_task("downloading", total=None)
+            task = bar.add_task(what, total=None)
             bar.start()
         assert task is not None
-        bar.update(task, completed=done, total=total or None)
+        bar.update(task, description=what, completed=done, total=total or None)
 
     try:
         yield show
@@ -134,16 +156,16 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-def _plain_lines() -> Callable[[int, int], None]:
+def _plain_lines() -> Show:
     began = last = time.monotonic()
     said = 0
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, what: str = "") -> None:
         nonlocal last, said
         now = time.monotonic()
         if done > said and (done == total or now - last >= PLAIN_EVERY_S):
             last, said = now, done
             rate = done / MB / max(now - began, 1e-9)
-            say(f"llamachat: {done / MB:.0f} of {total / MB:.0f} MB, {rate:.0f} MB/s")
+            say(f"llamachat: {what}{done / MB:.0f} of {total / MB:.0f} MB, {rate:.0f} MB/s")
 
     return show

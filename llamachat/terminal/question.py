@@ -32,7 +32,8 @@ def read(
             "no prompt, and stdout is no terminal", hint='llamachat chat "your question" > file'
         )
     wants_stdin = any(str(path) == "-" for path in files)
-    piped = "" if on_terminal and not wants_stdin else _read_stdin(prompt is not None, notice)
+    reads_stdin = wants_stdin or not on_terminal
+    piped = _read_stdin(prompt is not None, notice).removesuffix("\n") if reads_stdin else ""
     fenced = [_fenced(path, piped, notice) for path in files]
     asked = valid(prompt or "", "the prompt", notice)
     parts = [*fenced, "" if wants_stdin else piped, asked]
@@ -40,6 +41,23 @@ def read(
     if not question.strip():
         raise UsageError("the prompt is empty", hint='llamachat chat "your question"')
     return question
+
+
+def document(path: Path | None, notice: Notice) -> str:
+    """The whole text of a file, or of stdin (for "-", or None where it is no terminal).
+
+    Raises:
+        UsageError: there is none, or the file cannot be read.
+    """
+    from_stdin = str(path) == "-" or (path is None and not sys.stdin.isatty())
+    text = ""
+    if from_stdin:
+        text = _read_stdin(path is None, notice)
+    elif path is not None:
+        text = _read_file(path, notice)
+    if not text:
+        raise UsageError("there is no text", hint="name a file with --text FILE, or pipe one in")
+    return text
 
 
 def system_message(text: str | None, path: Path | None, notice: Notice) -> str | None:
@@ -74,13 +92,13 @@ def valid(argument: str, name: str, notice: Notice) -> str:
     return _decoded(argument.encode("utf-8", "surrogatepass"), name, notice)
 
 
-def _read_stdin(has_prompt: bool, notice: Notice) -> str:
-    """Standard input to its end, decoded; a pipe that stays open is announced once."""
+def _read_stdin(announced: bool, notice: Notice) -> str:
+    """Standard input to its end, decoded; a pipe that stays open may be announced, once."""
     waiting = threading.Timer(
         PATIENCE_S, notice, ("stdin is a pipe that is still open; waiting for its end",)
     )
     waiting.daemon = True
-    if has_prompt and not sys.stdin.isatty():
+    if announced and not sys.stdin.isatty():
         waiting.start()
     try:
         raw = sys.stdin.buffer.read()
@@ -88,7 +106,7 @@ def _read_stdin(has_prompt: bool, notice: Notice) -> str:
         raise TransferError(f"stdin: {error.strerror or error}") from error
     finally:
         waiting.cancel()
-    return _decoded(raw, "stdin", notice).removesuffix("\n")
+    return _decoded(raw, "stdin", notice)
 
 
 def _decoded(raw: bytes, name: str, notice: Notice) -> str:

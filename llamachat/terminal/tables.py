@@ -6,17 +6,19 @@ import json as jsonlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from llamachat.chat.templates import Message, encode, render, template_of
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import ModelNotFoundError, UsageError
 from llamachat.library.catalog import CATALOG, find
-from llamachat.library.store import Installed, Located, installed, require
+from llamachat.library.results import newest
+from llamachat.library.store import Installed, Located, derived, installed, require
 from llamachat.library.store import remove as delete
 from llamachat.terminal.failure import say
 from llamachat.terminal.output import write
+from llamachat.terminal.results import dated_lines
 
 MB = 1e6
 
@@ -33,9 +35,9 @@ def show_models(*, every: bool, json: bool) -> None:
         return
     if not models and not absent:
         say("llamachat: no model on disk yet; `llamachat pull smollm2-135m` fetches one")
-    rows_shown = [(m.name, f"{m.size_bytes / MB:,.0f} MB", str(m.path)) for m in models]
+    rows_shown = [(_title(m), f"{m.size_bytes / MB:,.0f} MB", str(m.path)) for m in models]
     rows_shown += [(e.alias, "not on disk", e.repo) for e in absent]
-    _write_columns(rows_shown)
+    write_columns(rows_shown)
 
 
 def show_model(name: str, *, json: bool) -> None:
@@ -43,6 +45,7 @@ def show_model(name: str, *, json: bool) -> None:
     located = require(name)
     checkpoint = open_checkpoint(located.path)
     config = checkpoint.config
+    evaluations = newest(located.path)
     facts: dict[str, Any] = {
         "name": name,
         "path": str(located.path),
@@ -57,11 +60,12 @@ def show_model(name: str, *, json: bool) -> None:
         "generation": dict(checkpoint.generation),
         "metadata": dict(checkpoint.metadata),
         "files": [str(file) for file in checkpoint.files],
+        "evaluations": evaluations if json else dated_lines(evaluations),
     }
     if json:
         _write_json(facts)
     else:
-        _write_columns(_flat(facts))
+        write_columns(_flat(facts))
 
 
 def show_template(name: str, *, json: bool) -> None:
@@ -102,7 +106,9 @@ def remove(names: Sequence[str], *, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and stdin is no terminal", hint="--yes")
-        say(f"delete {', '.join(str(located.path) for located in found.values())}? [y/N]")
+        also = {it.path for located in found.values() for it in derived(located)}
+        paths = dict.fromkeys([*(located.path for located in found.values()), *sorted(also)])
+        say(f"delete {', '.join(map(str, paths))}? [y/N]")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say("llamachat: nothing was deleted")
             return
@@ -115,7 +121,7 @@ def show_findings(findings: Mapping[str, Any], *, json: bool) -> None:
     if json:
         _write_json(findings)
     else:
-        _write_columns(_flat(findings))
+        write_columns(_flat(findings))
 
 
 def _conversation(path: Path) -> list[Message]:
@@ -143,6 +149,12 @@ def _licence(located: Located) -> str | None:
     return entry.licence if entry else None
 
 
+def _title(model: Installed) -> str:
+    """What a model is called in a table: a quantized one has its path in another column."""
+    source = PureWindowsPath(model.made_from or "?").name  # which knows both separators
+    return model.name if model.form is None else f"{source} {model.form}"
+
+
 def _installed_json(model: Installed) -> dict[str, Any]:
     return {**asdict(model), "path": str(model.path), "installed": True}
 
@@ -159,7 +171,8 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
     return rows
 
 
-def _write_columns(rows: Sequence[tuple[str, ...]]) -> None:
+def write_columns(rows: Sequence[tuple[str, ...]]) -> None:
+    """Rows of as many cells each, every column as wide as its widest cell."""
     if not rows:
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]

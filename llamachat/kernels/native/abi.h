@@ -104,6 +104,17 @@ struct Linear {
     int32_t mode;
 };
 
+// Floats to codes and scales, as QTensor has them. Codes of 4 bits are indices of `book`, the even
+// column low; others are integers of up to 127.
+struct Quantize {
+    const float* x;   // (O, I), finite
+    uint8_t* codes;   // (O, I), or (O, I / 2) with `has_book`
+    float* scales;    // (O, I / group), each a float16
+    int64_t rows, cols;
+    int32_t group, has_book;  // group: a multiple of 16, at most 256, that divides I
+    int8_t book[16];          // ascending
+};
+
 enum OpKind : int64_t { kAngles, kEmbed, kGather, kAttention, kLinear };
 
 // One step of a program; `args` is the structure of its kind.
@@ -129,6 +140,8 @@ LC_API int32_t lc_run(Pool* pool, const Op* ops, int64_t n_ops, Progress* progre
 // Fills panels->codes from rows: (O, I) bytes, (O, I / 2) nibbles with the even element low, or floats
 // of the panels' form.
 LC_API void lc_pack(Pool* pool, const uint8_t* rows, const Panels* panels);
+
+LC_API void lc_quantize(Pool* pool, const Quantize* args);
 
 LC_API double lc_read_bandwidth(Pool* pool, const uint8_t* bytes, int64_t n_bytes);  // GB/s
 }

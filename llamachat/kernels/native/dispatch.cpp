@@ -122,6 +122,8 @@ int32_t lc_run(Pool* pool, const Op* ops, int64_t n_ops, Progress* progress) {
     return 0;
 }
 
+void lc_quantize(Pool* pool, const Quantize* args) { pool->kernel->quantize(*pool, *args); }
+
 double lc_read_bandwidth(Pool* pool, const uint8_t* bytes, int64_t n_bytes) {
     constexpr int64_t kUnit = 1 << 20;
     const auto start = std::chrono::steady_clock::now();

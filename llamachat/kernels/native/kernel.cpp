@@ -19,6 +19,7 @@ namespace {
 #include "attention.h"
 #include "embed.h"
 #include "matmul.h"
+#include "quantize.h"
 
 int64_t linear(Pool& pool, const Linear& args, int64_t from) { return Matmul<Simd>(pool, args).run(from); }
 
@@ -32,7 +33,7 @@ void read(const uint8_t* bytes, int64_t n) {
 }
 }  // namespace
 
-#define LC_KERNEL(name) extern const Kernel kernel_##name = {#name, linear, attention<Simd>, embed<Simd>, read}
+#define LC_KERNEL(name) extern const Kernel kernel_##name = {#name, linear, attention<Simd>, embed<Simd>, quantize<Simd>, read}
 
 #if defined(LC_AVX512VNNI)
 LC_KERNEL(avx512vnni);

@@ -11,6 +11,7 @@ struct Kernel {
     int64_t (*linear)(Pool& pool, const Linear& args, int64_t from);
     int64_t (*attention)(Pool& pool, const Attention& args, int64_t from);
     void (*embed)(Pool& pool, const Embed& args);
+    void (*quantize)(Pool& pool, const Quantize& args);
     void (*read)(const uint8_t* bytes, int64_t n);  // all of them, for the time it takes
 };
 

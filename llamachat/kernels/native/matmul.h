@@ -38,7 +38,7 @@ struct RowReader {
     }
 };
 
-// d = absmax / 127, q = round(x / d); a block with a NaN or an infinity has d = NaN and q = 0.
+// d = absmax / 127, q = round(x * (127 / absmax)); a block with a NaN or an infinity has d = NaN and q = 0.
 template <class V>
 void quantize_block(typename V::F first, typename V::F second, const Acts& out, int64_t t) {
     const auto zero = V::zero();

@@ -14,6 +14,9 @@ from llamachat.errors import DamagedFileError, UsageError, WillNotFitError
 from llamachat.kernels.backends import Backend, choose, make
 from llamachat.library.catalog import find
 from llamachat.library.store import Located, resolve
+from llamachat.loading.plan import CACHE_BYTES, Plan, make_plan
+from llamachat.quant.form import FORM_NAMES
+from llamachat.quant.recipe import Quantizer
 from llamachat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,12 +25,9 @@ if TYPE_CHECKING:
 
     from llamachat.engine.decoding import Decoding
     from llamachat.engine.engine import Engine
+    from llamachat.kernels import Kernels
     from llamachat.quant.tensor import QTensor
 
-MEMORY_SHARE = 0.8  # of what is available: the rest is for activations and for other programs
-GIB = 2**30
-CACHE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}  # of a key's or value's element
-FLOAT_FORMS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 COST_OF_TORCH = "torch computes instead, at about a tenth of the speed"
 
 
@@ -38,6 +38,8 @@ class Model:
     Attributes:
         name: as it was asked for.
         located: where it came from.
+        path: the file or folder that weights were read from: the one that was located, or what
+            `llamachat quantize` made of it.
         config: its architecture.
         tokenizer: text to ids and back.
         engine: the decoder and its cache; one conversation at a time.
@@ -45,12 +47,14 @@ class Model:
         sampling: sampling defaults by where they come from, the strongest first.
         dtype: what weights are that are not quantized.
         threads: CPU threads in use.
-        backend: what computes: "native" or "reference".
-        quantize: how weights are run: in the form of their file ("q4_1"...), or "none".
+        backend: what computes: "native", "reference" or "bitsandbytes".
+        quantize: the form in which weights are run: of their file ("q4_1"...), or the one that they
+            were brought to; or "none".
     """
 
     name: str
     located: Located
+    path: Path
     config: ModelConfig
     tokenizer: Tokenizer
     engine: Engine
@@ -69,6 +73,10 @@ class Model:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """(T, V) float32 of every position; no cache is left behind."""
         return self.engine.logits(ids)
+
+    def iter_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[torch.Tensor]:
+        """The rows of `logits` from position `first` on, a few at a time."""
+        return self.engine.iter_logits(ids, first)
 
     def generate(
         self,
@@ -118,9 +126,12 @@ def load(
 
     Args:
         name: an alias, a Hub repository id, or a path; default as on the command line.
-        quantize: "auto" runs weights in the form of their file, "none" unpacks them to `dtype`.
+        quantize: "auto" runs quantized weights in the form of their file and brings float ones to
+            int8, or int4 where int8 would not fit, unless `dtype` is named; "none" unpacks them to
+            `dtype`; the others are forms to bring them to (`llamachat quantize` keeps the result).
         device: "auto" or "cpu".
-        backend: "auto", "native" or "reference"; auto is native where its library was built.
+        backend: "auto", "native", "reference" or "bitsandbytes"; auto is native where its library
+            was built.
         dtype: "auto", "float32" or "bfloat16", of weights that are not quantized; auto is the
             file's own, or what is faster on this CPU where weights are unpacked.
         kv_cache: "auto", "f32", "bf16" or "int8"; auto is bf16, or f32 beside float32 weights.
@@ -135,28 +146,34 @@ def load(
     Raises:
         LlamachatError: see `llamachat.errors`; each has an exit code and a hint.
     """
-    _one_of("quantize", quantize, ("auto", "none"))
+    _one_of("quantize", quantize, ("auto", "none", *FORM_NAMES))
     _one_of("device", device, ("auto", "cpu"))
     _one_of("dtype", dtype, ("auto", "float32", "bfloat16"))
     _one_of("kv_cache", kv_cache, ("auto", *CACHE_BYTES))
-    chosen = choose(backend)
+    chosen = _backend(backend, notice)
     name = str(name or settings.default_model())
     located = resolve(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
     )
     checkpoint = open_checkpoint(located.path)
-    if chosen.missing:
-        notice(f"no native kernels ({chosen.missing}): {COST_OF_TORCH}")
-    plan = _plan(checkpoint, chosen, quantize, dtype, kv_cache)
+    plan = make_plan(
+        checkpoint,
+        chosen,
+        quantize=quantize,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        ctx_size=ctx_size,
+        notice=notice,
+    )
     threads = threads or settings.omp_threads() or hardware.usable_cores()
-    context = _context(checkpoint.config, plan, ctx_size, notice)
     tokenizer = checkpoint.tokenizer()
     return Model(
         name=name,
         located=located,
+        path=plan.checkpoint.path,
         config=checkpoint.config,
         tokenizer=tokenizer,
-        engine=_engine(checkpoint, tokenizer, plan, threads, context),
+        engine=_engine(plan, tokenizer, threads),
         chat_template=checkpoint.chat_template,
         sampling=_sampling(checkpoint, located),
         dtype=plan.dtype,
@@ -166,55 +183,23 @@ def load(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How a checkpoint is run.
-
-    Attributes:
-        backend: what computes.
-        quantize: the form of quantized weights, or "none" where they are unpacked.
-        dtype: of other weights.
-        kv_cache: the form of keys and values.
-        weight_bytes: of all weights.
-    """
-
-    backend: Backend
-    quantize: str
-    dtype: str
-    kv_cache: str
-    weight_bytes: int
+def _backend(asked: str, notice: Callable[[str], None]) -> Backend:
+    chosen = choose(asked)
+    if chosen.missing:
+        notice(f"no native kernels ({chosen.missing}): {COST_OF_TORCH}")
+    return chosen
 
 
-def _plan(
-    checkpoint: Checkpoint, backend: Backend, quantize: str, dtype: str, kv_cache: str
-) -> _Plan:
-    config, form = checkpoint.config, checkpoint.form.lower()
-    is_packed = backend.name == "native" and quantize == "auto" and form not in FLOAT_FORMS
-    if dtype == "auto":
-        is_native = backend.name == "native"
-        dtype = FLOAT_FORMS.get(form, "bfloat16") if is_native else hardware.fast_dtype()
-    if kv_cache == "auto":
-        kv_cache = "f32" if dtype == "float32" else "bf16"
-    if is_packed:
-        weight_bytes = sum(file.stat().st_size for file in checkpoint.files)
-    else:  # the reference keeps a tied table twice: to look up, and as the head
-        twice = config.tied and backend.name == "reference"
-        n_values = config.n_params + (config.vocab_size * config.dim if twice else 0)
-        weight_bytes = n_values * (4 if dtype == "float32" else 2)
-    return _Plan(backend, form if is_packed else "none", dtype, kv_cache, weight_bytes)
-
-
-def _engine(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, plan: _Plan, threads: int, ctx_size: int
-) -> Engine:
+def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
     import torch
 
     from llamachat.engine.engine import Engine
     from llamachat.model.decoder import load_decoder
 
     kernels = make(plan.backend, threads, getattr(torch, plan.dtype))
+    checkpoint = plan.checkpoint
     try:
-        decoder = load_decoder(checkpoint.config, _tensors(checkpoint, plan), kernels)
+        decoder = load_decoder(checkpoint.config, _tensors(plan, kernels), kernels)
     except DamagedFileError as error:
         if str(checkpoint.path) in error.message:
             raise
@@ -226,50 +211,25 @@ def _engine(
     hardware.release_memory()  # what tensors took while they were read and packed
     return Engine(
         decoder,
-        ctx_size=ctx_size,
+        ctx_size=plan.ctx_size,
         stop_ids=tokenizer.stop_ids,
         n_ids=tokenizer.vocab_size,
         kv_cache=plan.kv_cache,
     )
 
 
-def _tensors(checkpoint: Checkpoint, plan: _Plan) -> Iterator[tuple[str, Tensor | QTensor]]:
+def _tensors(plan: Plan, kernels: Kernels) -> Iterator[tuple[str, Tensor | QTensor]]:
     """Weights as the backend shall pack them: matrices that are not quantized in `plan.dtype`."""
     import torch
 
     dtype = getattr(torch, plan.dtype)
-    for name, tensor in checkpoint.tensors():
+    quantizer = Quantizer(plan.recipe, kernels.quantize) if plan.recipe else None
+    for name, stored in plan.checkpoint.tensors():
+        tensor = quantizer(name, stored) if quantizer else stored
         if not isinstance(tensor, torch.Tensor):
             yield name, tensor if plan.quantize != "none" else tensor.dequantize().to(dtype)
         else:
             yield name, tensor.to(dtype) if tensor.ndim == 2 else tensor
-
-
-def _context(
-    config: ModelConfig, plan: _Plan, asked: int | None, notice: Callable[[str], None]
-) -> int:
-    """Tokens of context: what was asked for if it fits, else as many as do."""
-    if asked is not None and not 0 < asked <= config.max_seq_len:
-        raise UsageError(
-            f"--ctx-size is {asked}, the model takes 1 to {config.max_seq_len} tokens",
-        )
-    _, available = hardware.memory_bytes()
-    token = config.cached_values_per_token * CACHE_BYTES[plan.kv_cache]
-    if plan.kv_cache == "int8":  # and a float32 scale for each head's share
-        token += 4 * config.cached_values_per_token // config.head_dim
-    left = int(available * MEMORY_SHARE) - plan.weight_bytes
-    fits = max(0, left // token)
-    wanted = asked or config.max_seq_len
-    needed = (plan.weight_bytes + token * wanted) / GIB
-    if fits < min(wanted, 512) or (asked and fits < asked):
-        raise WillNotFitError(
-            f"needs {needed:.1f} GiB with {wanted} tokens of context, "
-            f"{available * MEMORY_SHARE / GIB:.1f} GiB of memory is to be had",
-            hint=f"--ctx-size {fits} would fit" if fits >= 512 else "take a smaller model",
-        )
-    if fits < wanted:
-        notice(f"context: {fits} of {wanted} tokens, for memory; --ctx-size changes it")
-    return min(wanted, fits)
 
 
 def _sampling(

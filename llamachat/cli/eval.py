@@ -1,0 +1,95 @@
+"""`llamachat eval`: how well a model predicts a text, and how far it is from a reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+from llamachat.cli.flags import Json, Name, Number, Quiet, Text, Verbose, option
+
+# ruff: noqa: UP045  # Typer reads Optional on every Python that is supported
+
+
+def evaluate(
+    model: Name,
+    *,
+    against: Annotated[
+        Text, option("--against", metavar="REF", help="A model; none: MODEL's own file, unpacked.")
+    ] = None,
+    text: Annotated[
+        Optional[Path], option("--text", metavar="FILE", help="What to score; - is stdin.")
+    ] = None,
+    ctx_size: Annotated[
+        int, option("--ctx-size", "-c", metavar="N", help="Tokens of a window [512].", minimum=3)
+    ] = 512,
+    chunks: Annotated[
+        Number, option("--chunks", metavar="N", help="Windows, at most [all].", minimum=1)
+    ] = None,
+    require: Annotated[
+        Optional[list[str]],
+        option("--require", metavar="BOUND", help='Such as "kl<0.01", else exit 8; repeatable.'),
+    ] = None,
+    quantize: Annotated[
+        str,
+        option("--quantize", metavar="NAME", help="auto, none, int8, int4, nf4, fp4, llm-int8."),
+    ] = "auto",
+    kv_cache: Annotated[
+        str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")
+    ] = "auto",
+    backend: Annotated[
+        str, option("--backend", metavar="NAME", help="auto, native, reference, bitsandbytes.")
+    ] = "auto",
+    dtype: Annotated[
+        str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")
+    ] = "auto",
+    threads: Annotated[
+        Number,
+        option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]"),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure perplexity on a text as llama.cpp does; with --against the divergence, too.
+
+    REF runs unpacked to float32 by the reference backend, with a float32 KV cache; where memory
+    has no room for that, in its file's own type, or bfloat16.
+    """
+    from llamachat.library import results
+    from llamachat.library.store import resolve
+    from llamachat.measure.request import Request, requirement
+    from llamachat.terminal import question
+    from llamachat.terminal.failure import Notices
+    from llamachat.terminal.interrupts import left_at_once
+    from llamachat.terminal.progress import Status, download_progress
+    from llamachat.terminal.results import last_of, show_result
+
+    request = Request(
+        model=model,
+        against=against,
+        ctx_size=ctx_size,
+        chunks=chunks,
+        quantize=quantize,
+        kv_cache=kv_cache,
+        backend=backend,
+        dtype=dtype,
+        threads=threads,
+        required=tuple(map(requirement, require or ())),
+    )
+    notices, status = Notices(quiet=quiet), Status(quiet=quiet)
+    document = question.document(text, notices)
+    with download_progress(quiet=quiet) as progress:
+        resolve(model, notice=notices, progress=progress)
+        if request.reference is not None:
+            resolve(request.reference, notice=notices, progress=progress)
+    with left_at_once():
+        from llamachat.measure.scoring import score
+
+    def notice(line: str) -> None:
+        status.clear()
+        notices(line)
+
+    result = last_of(score(request, document, status=status.show, notice=notice), status)
+    show_result(result, json=json)
+    results.keep(Path(result["path"]), result, notice=notices)
+    request.check(result)

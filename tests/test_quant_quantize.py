@@ -1,0 +1,167 @@
+"""Floats to codes: how far they err, and that both implementations agree."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llamachat.kernels.native import Native
+from llamachat.kernels.reference import Reference
+from llamachat.quant.form import CODEBOOK, Form, FormName
+from llamachat.quant.quantize import quantize
+from llamachat.quant.tensor import QTensor
+
+MakeNative = Callable[..., Native]
+FORMS = [
+    Form(name, group)
+    for name, group in itertools.product(("int8", "int4"), (16, 32, 64, 128, 192, 256))
+]
+OURS: tuple[FormName, ...] = ("int8", "int4")
+
+
+def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Gaussian with a few outliers, as trained weights are."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight * (1 + 3 * (torch.rand(rows, columns, generator=generator) > 0.98)) * 0.02
+
+
+def levels_of(q: QTensor) -> Tensor:
+    """What each code stands for, times no scale: (O, G, group)."""
+    unscaled = QTensor(
+        q.codes, torch.ones_like(q.scales), q.bits, q.group_size, codebook=q.codebook
+    )
+    return unscaled.dequantize().view(*q.scales.shape, q.group_size)
+
+
+def nearest_level(z: Tensor, form: Form) -> Tensor:
+    levels = torch.tensor(CODEBOOK if form.bits == 4 else range(-127, 128), dtype=torch.float32)
+    return levels[(z.unsqueeze(-1) - levels).abs().argmin(-1)]
+
+
+def squared_errors(weight: Tensor, q: QTensor) -> Tensor:
+    return (weight - q.dequantize()).view(*q.scales.shape, -1).square().sum(-1)
+
+
+def relative_error(weight: Tensor, q: QTensor) -> float:
+    return math.sqrt(squared_errors(weight, q).sum().item() / weight.square().sum().item())
+
+
+def ids(form: Form) -> str:
+    return f"{form.name}-g{form.group_size}"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_every_code_is_the_nearest_to_its_value(form: Form) -> None:
+    weight = random_matrix(5, 2 * form.group_size)
+    q = quantize(weight, form)
+    z = weight.view(*q.scales.shape, -1) / q.scales.float().unsqueeze(-1)
+    off = (z - levels_of(q)).abs()
+    assert bool((off <= (z - nearest_level(z, form)).abs() + 1e-4).all())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_native_codes_err_as_those_of_torch(native: MakeNative, form: Form) -> None:
+    """Sums in another order may decide between scales that err alike."""
+    weight = random_matrix(64, 2 * form.group_size)
+    ours, theirs = native(1).quantize(weight, form), quantize(weight, form)
+    assert relative_error(weight, ours) == pytest.approx(relative_error(weight, theirs), rel=1e-3)
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 64])
+def test_native_codes_of_4_bits_are_those_of_torch(native: MakeNative, group_size: int) -> None:
+    weight = random_matrix(9, 4 * group_size)
+    ours, theirs = (k.quantize(weight, Form("int4", group_size)) for k in (native(1), Reference()))
+    assert torch.equal(ours.codes, theirs.codes)
+    assert torch.equal(ours.scales, theirs.scales)
+
+
+@pytest.mark.parametrize("form", [Form("int8"), Form("int4")], ids=ids)
+def test_codes_do_not_depend_on_the_number_of_threads(native: MakeNative, form: Form) -> None:
+    weight = random_matrix(40, 96)
+    one, two = native(1).quantize(weight, form), native(2).quantize(weight, form)
+    assert torch.equal(one.codes, two.codes)
+    assert torch.equal(one.scales, two.scales)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(OURS),
+    values=st.lists(
+        st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=32, max_size=32
+    ),
+)
+def test_values_within_the_outer_levels_err_by_half_a_step_at_most(
+    name: FormName, values: list[float]
+) -> None:
+    form, weight = Form(name), torch.tensor([values])
+    q = quantize(weight, form)
+    scale = q.scales.double()
+    levels = torch.tensor(CODEBOOK if form.bits == 4 else (-127, 127)).double() * scale
+    inside = (weight >= levels.min()) & (weight <= levels.max())
+    gaps = torch.tensor(CODEBOOK).diff() if form.bits == 4 else torch.ones(1)
+    half_a_step = float(gaps.max()) / 2 * scale.abs() * (1 + 1e-5)
+    assert bool((((weight - q.dequantize()).abs() <= half_a_step + 1e-12) | ~inside).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(OURS),
+    values=st.lists(
+        st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=32, max_size=32
+    ),
+)
+def test_the_search_is_never_worse_than_none(name: FormName, values: list[float]) -> None:
+    """None: the largest value is an outer level, of a float16 scale, and all are rounded."""
+    form, weight = Form(name), torch.tensor([values])
+    outer = CODEBOOK[0] if form.bits == 4 else 127
+    scale = (weight[0, weight.abs().argmax()] / outer).half().float()
+    plain = scale * nearest_level(weight / scale if scale else weight, form)
+    found = squared_errors(weight, quantize(weight, form)).item()
+    assert found <= (weight - plain).square().sum().item() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("form", "bound"), [(Form("int4"), 0.0735), (Form("int4", 64), 0.084)])
+def test_gaussian_values_err_as_little_as_lloyd_s_levels_allow(form: Form, bound: float) -> None:
+    """16 levels for a Gaussian err by 0.0975 with one scale for all (Max, 1960, table 1)."""
+    weight = torch.randn(200, 512, generator=torch.Generator().manual_seed(1))
+    assert relative_error(weight, quantize(weight, form)) < bound
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("form", [Form("int8"), Form("int4")], ids=ids)
+def test_a_group_of_zeros_stays_zero(native: MakeNative, backend: str, form: Form) -> None:
+    weight = random_matrix(3, 96)
+    weight[1, 32:64] = 0
+    kernels = native(1) if backend == "native" else Reference()
+    assert not kernels.quantize(weight, form).dequantize()[1, 32:64].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("form", [Form("int8"), Form("int4")], ids=ids)
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 1e-9, 1e-6, 7e6])
+def test_values_of_any_size_stay_numbers_of_that_size(
+    native: MakeNative, backend: str, form: Form, magnitude: float
+) -> None:
+    weight = random_matrix(2, 64) / 0.08 * magnitude
+    weight = weight.clamp(-magnitude, magnitude)
+    kernels = native(1) if backend == "native" else Reference()
+    values = kernels.quantize(weight, form).dequantize()
+    assert bool(values.isfinite().all())
+    assert values.abs().max() <= 1.2 * magnitude
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_quantized_as_the_floats_that_they_are(
+    native: MakeNative, dtype: torch.dtype
+) -> None:
+    weight = random_matrix(4, 64).to(dtype)
+    halves, floats = (native(1).quantize(w, Form("int4")) for w in (weight, weight.float()))
+    assert torch.equal(halves.codes, floats.codes)
