@@ -156,6 +156,3 @@ class Quantizer:
                 f"{name}: values from {lowest:g} to {highest:g}, expected none beyond {LARGEST:g}"
             )
         return self._quantize(tensor, form)
-
-    def observe(self, name: str, tensor: Tensor | QTensor) -> None:
-        """Take notice of a weight that was quantized before (only vectors matter)."""

@@ -106,11 +106,11 @@ def _fetch(run: Run) -> None:
 def _load(run: Run) -> Model:
     said: list[str] = []
     try:
-        with loading(quiet=run.notices.quiet):
-            with left_at_once():
-                import torch  # noqa: F401  # the longest part of starting
+        with loading(quiet=run.notices.quiet), left_at_once():
+            import torch  # noqa: F401  # the longest part of starting
 
-                from llamachat.loading import load
+            from llamachat.loading import load
+
             return load(
                 run.model,
                 device=run.device,
