@@ -53,9 +53,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             "bos_token_id": 258, "eos_token_id": 257,
         }  # fmt: skip
         set_seed(1)
-        LlamaForCausalLM(LlamaConfig(**(shape | changes))).save_pretrained(
-            folder, max_shard_size=shard_size
-        )
+        model = LlamaForCausalLM(LlamaConfig(**(shape | changes)))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero, as transformers begins
+                parameter.data.normal_(std=0.5)
+        model.save_pretrained(folder, max_shard_size=shard_size)
         _write_byte_tokenizer(folder)
         return folder
 

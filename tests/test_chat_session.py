@@ -32,6 +32,9 @@ class Marked:
 
     name = "marked"
 
+    def __init__(self, *stops: str) -> None:
+        self.stops = stops
+
     def segments(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[Segment]:
@@ -192,6 +195,12 @@ def test_a_stop_string_is_neither_shown_nor_kept() -> None:
     assert done.finish_reason == "stop"
     assert session.messages[1] == Message("assistant", "one. ", None)
     assert done.token_ids == tuple(b"one. STOP")
+
+
+def test_the_stop_strings_of_a_template_end_replies_beside_the_users() -> None:
+    model = Model(Scripted([[b"one. ## two"], [b"three STOP"]], 1000))
+    session = ChatSession(model, template=Marked("##"), stop=["STOP"])
+    assert [run(session.send("?"))[1].text for _ in range(2)] == ["one. ", "three "]
 
 
 def test_the_engine_is_told_where_a_stop_string_is_complete() -> None:

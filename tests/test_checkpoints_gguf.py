@@ -317,7 +317,7 @@ def test_tensors_that_the_config_does_not_say_are_refused(
         ("llama.attention.layer_norm_rms_epsilon", float("nan"), "rms_epsilon is nan, expected"),
         ("llama.rope.freq_base", float("inf"), "llama.rope.freq_base is inf, expected"),
         ("llama.rope.dimension_count", 32, "dimension_count is 32, expected head_dim 64"),
-        ("llama.rope.scaling.type", "yarn", "rope scaling is 'yarn', expected none, linear"),
+        ("llama.rope.scaling.type", "ntk", "rope scaling is 'ntk', expected none, linear"),
         ("llama.rope.scaling.type", [1, 2], "the type of rope scaling is array([1, 2]"),
         ("llama.expert_count", 8, "llama.expert_count is 8, expected none"),
         ("llama.vocab_size", 41, "token_embd.weight: 40 rows, llama.vocab_size is 41"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,43 @@ def test_list_all_shows_the_catalog_besides(llamachat: Command, installed: Path)
     assert [row["name"] for row in rows] == names
 
 
+def test_list_all_tells_size_context_licence_and_consent(llamachat: Command) -> None:
+    lines = {line.split()[0]: line for line in llamachat("list", "--all")[1].splitlines()}
+    assert lines["llama-2-7b-chat"].split() == [
+        "llama-2-7b-chat", "not", "on", "disk", "6.74B", "4,096", "llama2", "gated",
+        "meta-llama/Llama-2-7b-chat-hf",
+    ]  # fmt: skip
+    rows = {row["name"]: row for row in json.loads(llamachat("list", "--all", "--json")[1])}
+    assert rows["chinese-alpaca-7b"] == {
+        "name": "chinese-alpaca-7b",
+        "repo": "hfl/chinese-alpaca-lora-7b",
+        "installed": False,
+        "also": [],
+        "family": "Chinese-Alpaca",
+        "params": 6_885_494_784,
+        "context": 2048,
+        "licence": "LLaMA research only",
+        "gated": False,
+        "template": "chinese-alpaca",
+        "defaults": {"temperature": 0.2, "top_k": 40, "top_p": 0.9},
+        "base": "llama-7b",
+    }
+
+
+def test_a_part_of_a_model_cannot_be_talked_to(llamachat: Command) -> None:
+    exit_code, out, err = llamachat("chat", "-m", "baize-lora-7b", "--offline", "Hello")
+    assert (exit_code, out) == (2, "")
+    assert "to be added to llama-7b" in err
+    assert "llamachat merge llama-7b baize-lora-7b" in err
+
+
+def test_an_unknown_template_is_exit_2_with_the_names(llamachat: Command) -> None:
+    exit_code, out, err = llamachat("chat", "--template", "vicunna", "--offline", "Hello")
+    assert (exit_code, out) == (2, "")
+    assert "did you mean vicuna?" in err
+    assert "chinese-alpaca-2" in err
+
+
 def test_where_is_the_path_and_nothing_else(llamachat: Command, installed: Path, gguf: str) -> None:
     assert llamachat("where", REPO) == (0, f"{installed}\n", "")
     assert llamachat("where", gguf) == (0, f"{gguf}\n", "")
@@ -212,7 +250,20 @@ def test_a_model_without_a_template_shows_none(llamachat: Command, gguf: str) ->
     exit_code, out, err = llamachat("show", gguf, "--template")
     assert (exit_code, out) == (3, "")
     assert "template" in err
-    assert json.loads(llamachat("show", gguf, "--template", "--json")[1]) == {"template": None}
+    shown = json.loads(llamachat("show", gguf, "--template", "--json")[1])
+    assert shown == {"template": None, "name": "none"}
+
+
+def test_a_built_in_template_is_shown_as_it_writes(
+    llamachat: Command, gguf: str, tmp_path: Path
+) -> None:
+    shutil.copy(gguf, tmp_path / "koala-7b.gguf")
+    exit_code, out, err = llamachat("show", str(tmp_path / "koala-7b.gguf"), "--template")
+    assert exit_code == 0
+    assert out == (
+        "<s>BEGINNING OF CONVERSATION: {system} USER: {user} GPT:{assistant}</s>USER: {user} GPT:\n"
+    )
+    assert "koala" in err
 
 
 def test_a_conversation_is_rendered_as_text_and_ids(

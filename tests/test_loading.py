@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import llamachat
 from llamachat import hardware
@@ -89,6 +90,22 @@ def test_the_context_can_be_made_smaller_but_not_larger(folder: Path) -> None:
     for wrong in (0, 1025):
         with pytest.raises(UsageError, match=f"{wrong}, the model takes 1 to 1024"):
             llamachat.load(folder, ctx_size=wrong)
+
+
+def test_dynamic_rope_is_fixed_for_the_context_that_was_asked_for(
+    tiny_llama: Callable[..., Path],
+) -> None:
+    """transformers looks at the length of a text, which is the whole context here."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    path = tiny_llama(max_position_embeddings=24, rope_parameters=rope)
+    ids = [(7 * i * i + 31 * i + 5) % 256 for i in range(48)]
+    theirs = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    ours = llamachat.load(path, dtype="float32", threads=1, ctx_size=48).logits(ids)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    with pytest.raises(UsageError, match="97, the model takes 1 to 96"):
+        llamachat.load(path, ctx_size=97)
 
 
 @pytest.mark.parametrize(

@@ -125,3 +125,17 @@ def test_a_quantized_folder_runs_in_its_own_form(folder: Path, tmp_path: Path) -
 def test_bitsandbytes_runs_its_own_forms_only(folder: Path) -> None:
     with pytest.raises(UsageError, match="does not run int4"):
         load(folder, backend="bitsandbytes", quantize="int4")
+
+
+def test_what_yarn_multiplies_queries_with_reaches_quantized_ones(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As codes and scales, or unpacked before: the same model."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}
+    folder = tiny_llama(rope_parameters=rope | {"original_max_position_embeddings": 128})
+    small = quantized(folder, "int8", tmp_path / "small")
+    how = {"backend": "reference", "dtype": "float32", "kv_cache": "f32"}
+    coded, unpacked = (
+        load(small, quantize=form, **how).logits(PROMPT) for form in ("int8", "none")
+    )
+    assert (coded - unpacked).abs().max() < 1e-5 * unpacked.abs().max()

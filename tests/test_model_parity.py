@@ -21,6 +21,9 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 FORMS: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {},
@@ -28,9 +31,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "heads wider than dim": {"head_dim": 24},
     "odd sizes": {"hidden_size": 60, "head_dim": 10, "intermediate_size": 77, "vocab_size": 261},
+    "biases": {"attention_bias": True},
     "theta 1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}},
     "llama3": {"rope_parameters": LLAMA3},
+    "yarn": {"rope_parameters": YARN},
     "sharded": {"shard_size": "60KB", "rms_norm_eps": 1e-6},
 }
 
@@ -81,11 +86,26 @@ def test_greedy_ids_equal_those_of_transformers(pair_of: Callable[..., Pair], fo
     assert list(found) == expected[0, 9:].tolist()
 
 
+@pytest.mark.parametrize("form", ["gqa", "biases"])
+def test_the_reference_s_logits_equal_those_of_transformers(
+    pair_of: Callable[..., Pair], form: str
+) -> None:
+    pair = pair_of(form)
+    ours = llamachat.load(pair.folder, dtype="float32", threads=1, backend="reference")
+    assert relative_error(ours.logits(IDS), pair.expected(IDS)) < 1e-5
+
+
+def test_quantized_weights_keep_their_biases(pair_of: Callable[..., Pair]) -> None:
+    pair = pair_of("biases")
+    ours = llamachat.load(pair.folder, quantize="int8", threads=1, kv_cache="f32")
+    assert relative_error(ours.logits(IDS), pair.expected(IDS)) < 0.1
+
+
 def test_the_sharded_folder_has_several_shards(pair_of: Callable[..., Pair]) -> None:
     assert len(list(pair_of("sharded").folder.glob("model-*.safetensors"))) > 1
 
 
-@pytest.mark.parametrize("form", ["linear", "llama3"])
+@pytest.mark.parametrize("form", ["linear", "llama3", "yarn"])
 def test_rope_scaling_changes_what_comes_out(
     pair_of: Callable[..., Pair], form: str, tmp_path: Path
 ) -> None:

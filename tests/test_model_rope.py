@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llamachat.architecture import ModelConfig, RopeScaling
+from llamachat.architecture import ModelConfig, RopeScaling, config_from_hf
 from llamachat.kernels import Batch, CacheShape
 from llamachat.kernels.reference import Reference
-from llamachat.model.rope import inverse_frequencies
+from llamachat.model.rope import inverse_frequencies, query_scale
 
 CONFIG = ModelConfig(
     dim=4, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, hidden_dim=4, vocab_size=4,
@@ -92,3 +95,58 @@ def test_divisors_of_a_file_stand_in_for_computed_scaling() -> None:
     config = replace(CONFIG, rope_scaling=RopeScaling("linear", 4.0))
     scaled = inverse_frequencies(config, torch.tensor([2.0, 8.0]))
     assert scaled.tolist() == pytest.approx([1 / 2, 0.01 / 8])
+
+
+LLAMA3 = {
+    "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", **LLAMA3},
+    "dynamic": {"rope_type": "dynamic", "factor": 32.0},
+    "yarn": YARN,
+    "yarn with other betas": YARN | {"beta_fast": 20, "beta_slow": 3},
+    "yarn with a factor": YARN | {"attention_factor": 0.8},
+    "yarn with mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+    "yarn that keeps all": YARN | {"original_max_position_embeddings": 2**30},
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_every_scaling_turns_as_in_transformers_up_to_position_131071(
+    name: str, head_dim: int
+) -> None:
+    config = LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=4096,
+        rope_parameters=SCALINGS[name] | {"rope_theta": 1e4},
+    )  # fmt: skip
+    theirs, factor = ROPE_INIT_FUNCTIONS[SCALINGS[name]["rope_type"]](config, None, seq_len=131072)
+    ours = config_from_hf(config.to_dict()).at_context(131072)
+    frequencies = inverse_frequencies(ours)
+    assert query_scale(ours) == pytest.approx(factor**2, rel=1e-6)
+    positions = torch.tensor([0, 1, 4095, 4096, 65537, 131071])
+    exact = positions.double().unsqueeze(-1) * theirs.double()
+    rounded = exact * 2**-21 + 1e-6  # float32 frequencies and products differ by a few units
+    for found, expected in zip(
+        Reference().angles(positions, frequencies), (exact.cos(), exact.sin()), strict=True
+    ):
+        assert bool(((found - expected).abs() <= rounded).all())
+
+
+@pytest.mark.parametrize(
+    ("ctx_size", "theta"), [(4096, 1e4), (100, 1e4), (8192, pytest.approx(30527.737, abs=1e-3))]
+)
+def test_dynamic_scaling_raises_theta_for_a_longer_context_only(
+    ctx_size: int, theta: float
+) -> None:
+    scaling = RopeScaling("dynamic", 2.0)
+    config = replace(CONFIG, head_dim=128, max_seq_len=4096, rope_scaling=scaling)
+    assert config.at_context(ctx_size).rope_theta == theta
+
+
+def test_dynamic_scaling_leaves_the_models_own_context_alone() -> None:
+    scaled = replace(CONFIG, rope_scaling=RopeScaling("dynamic", 2.0))
+    assert torch.equal(inverse_frequencies(scaled), inverse_frequencies(CONFIG))

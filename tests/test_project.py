@@ -38,6 +38,7 @@ FENCES = {
     "rich": "terminal/",
     "safetensors": "checkpoints/",
     "sentencepiece": "tokenizer/spm.py",
+    "tiktoken": "tokenizer/ranks.py",
     "typer": "cli/",
 }
 MODULES = {

@@ -60,3 +60,11 @@ def test_rows_are_taken_whole_and_in_the_order_asked_for() -> None:
     order = torch.tensor([3, 0, 3])
     assert matrix.shape == (5, 8)
     assert torch.equal(matrix.rows(order).dequantize(), matrix.dequantize()[order])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_product_with_a_number_keeps_the_codes(form: str) -> None:
+    matrix = QTensor(scales=SCALES, group_size=2, **FORMS[form][0])
+    product = matrix * 1.25
+    assert torch.equal(product.codes, matrix.codes)
+    assert torch.equal(product.dequantize(), matrix.dequantize() * 1.25)

@@ -178,14 +178,6 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         tokenizer_from_folder(tmp_path, bos_id=None, eos_ids=[])
 
 
-def test_tiktoken_ranks_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(
-        DamagedFileError, match=r"tokenizer\.model: tiktoken ranks are not supported"
-    ):
-        tokenizer_from_folder(tmp_path, bos_id=None, eos_ids=[])
-
-
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"{}", b'{"model": {}}', b"\xff\xfe\x00", b"[" * 10_000]
 )

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from llamachat.tokenizer import Tokenizer
@@ -149,6 +151,46 @@ def test_a_long_run_of_one_character_comes_back(
     text = unit * 30_000
     assert llama2_json.decode(llama2_json.encode(text)) == text
     assert llama2_gguf.decode(llama2_gguf.encode(text)) == text
+
+
+@pytest.mark.slow
+def test_every_form_of_llama2_gives_the_same_ids_on_a_whole_corpus(
+    data: Path,
+    llama2: SentencePieceProcessor,
+    llama2_json: Tokenizer,
+    llama2_model: Tokenizer,
+    llama2_gguf: Tokenizer,
+) -> None:
+    wiki = (data / "text/wiki.test.raw").read_text(encoding="utf-8")
+    expected = llama2.encode(wiki)
+    for tokenizer in (llama2_json, llama2_model, llama2_gguf):
+        assert tokenizer.encode(wiki) == expected
+
+
+@given(text=st.text())
+@settings(deadline=None)
+def test_llama2_ids_equal_sentencepieces_on_any_text(
+    text: str,
+    llama2: SentencePieceProcessor,
+    llama2_json: Tokenizer,
+    llama2_model: Tokenizer,
+    llama2_gguf: Tokenizer,
+) -> None:
+    for tokenizer in (llama2_json, llama2_model, llama2_gguf):
+        ids = tokenizer.encode(text)
+        assert ids == llama2.encode(text)
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chinese-llama", "chatglm2"])
+def test_other_models_give_sentencepieces_ids_on_a_whole_corpus(
+    data: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copy(data / "tokenizers" / name / "tokenizer.model", tmp_path)
+    tokenizer = tokenizer_from_folder(tmp_path, bos_id=None, eos_ids=[])
+    wiki = (data / "text/wiki.test.raw").read_text(encoding="utf-8")
+    assert tokenizer.encode(wiki) == reference(data, name).encode(wiki)
 
 
 @pytest.mark.parametrize("name", ["chinese-llama", "chatglm2"])

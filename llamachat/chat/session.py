@@ -98,7 +98,7 @@ class ChatSession:
         self.template = template or template_of(model.chat_template, model.tokenizer)
         self.options = options or Options(Said(), model.sampling)
         self.max_new_tokens = max_new_tokens
-        self.stop = tuple(stop)
+        self.stop = (*stop, *self.template.stops)
         self._messages: list[Message] = []
         self._forgotten = 0
         self._attempt = 0

@@ -39,6 +39,11 @@ class Template(Protocol):
         """What people call it."""
         ...
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end a reply, where no special token does."""
+        ...
+
     def segments(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[Segment]:
@@ -89,6 +94,7 @@ class PlainTemplate:
     """For models without a template: they go on writing where the contents, one a line, end."""
 
     name: Final = "none"
+    stops: Final[tuple[str, ...]] = ()
 
     def segments(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -100,7 +106,7 @@ class PlainTemplate:
                 segments.append(message.ids)
             else:
                 segments.append(f"\n{message.content}" if segments else message.content)
-        return _joined(segments)
+        return joined(segments)
 
 
 class JinjaTemplate:
@@ -116,6 +122,7 @@ class JinjaTemplate:
     """
 
     name: Final = "jinja"
+    stops: Final[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -149,7 +156,7 @@ class JinjaTemplate:
         for literal, content in stand_ins.replaced(self._sandbox.render(self.source, variables)):
             segments += (self._specials.get(piece, piece) for piece in self._special.split(literal))
             segments.append(content)
-        return _joined(segments)
+        return joined(segments)
 
 
 def template_of(source: str | None, tokenizer: Tokenizer) -> Template:
@@ -213,7 +220,7 @@ def _trimmed(message: Message, *, left: bool, right: bool) -> Segment:
     return text.rstrip() if right else text
 
 
-def _joined(segments: Iterable[Segment]) -> list[Segment]:
+def joined(segments: Iterable[Segment]) -> list[Segment]:
     """Without empty segments, and with neighbouring text in one."""
     joined: list[Segment] = []
     for segment in segments:

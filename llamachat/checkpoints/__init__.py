@@ -72,20 +72,23 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a GGUF file, a Hugging Face folder, or a folder that `llamachat quantize` wrote.
+    """Open a GGUF file, or a folder: Hugging Face's, Meta's, or one of `llamachat quantize`.
 
     Raises:
         ModelNotFoundError: there is nothing at `path`.
         DamagedFileError: it is neither, or it is damaged.
     """
     from llamachat.checkpoints.gguf import GgufCheckpoint
+    from llamachat.checkpoints.meta import MetaCheckpoint, is_meta
     from llamachat.checkpoints.quantized import QuantizedCheckpoint, is_quantized
     from llamachat.checkpoints.safetensors import FolderCheckpoint
 
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or folder")
     if path.is_dir():
-        return QuantizedCheckpoint(path) if is_quantized(path) else FolderCheckpoint(path)
+        if is_quantized(path):
+            return QuantizedCheckpoint(path)
+        return MetaCheckpoint(path) if is_meta(path) else FolderCheckpoint(path)
     if path.suffix.lower() == ".gguf":
         return GgufCheckpoint(path)
     raise DamagedFileError(

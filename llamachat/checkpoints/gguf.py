@@ -9,12 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from llamachat.architecture import ModelConfig, brief, config_from_gguf
 from llamachat.checkpoints.gguf_header import Header, TensorInfo, integer, map_file, read_header
-from llamachat.checkpoints.names import check_shapes, iter_weights, located, shown
+from llamachat.checkpoints.names import check_shapes, half_split_rows, iter_weights, located, shown
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 
@@ -199,17 +196,8 @@ def _read(info: TensorInfo, heads: int | None = None) -> Tensor | QTensor:
             tensor = read_blocks(raw, info.kind, info.shape)
     if heads is None:
         return tensor
-    order = torch.from_numpy(_half_split_rows(info.shape[0], heads))
+    order = torch.from_numpy(half_split_rows(info.shape[0], heads))
     return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.rows(order)
-
-
-def _half_split_rows(n_rows: int, heads: int) -> npt.NDArray[np.intp]:
-    """Which rows of GGUF's interleaved pairs, in the half-split order of Hugging Face.
-
-    The inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
-    """
-    pairs = np.arange(n_rows).reshape(heads, -1, 2)  # (H, E / 2, 2)
-    return pairs.swapaxes(1, 2).reshape(-1)
 
 
 def _read_rope_freqs(info: TensorInfo) -> Tensor:

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from llamachat.architecture import ModelConfig, brief
 from llamachat.errors import DamagedFileError
 
@@ -13,12 +16,16 @@ Shape = tuple[int, ...]
 
 # Hugging Face, GGUF, axes: D dim, Q and K all query and key/value heads, F hidden_dim, V vocab.
 _EMBEDDING = ("model.embed_tokens", "token_embd", "VD")
-_LAYER = (
-    ("input_layernorm", "attn_norm", "D"),
+_QKV = (
     ("self_attn.q_proj", "attn_q", "QD"),
     ("self_attn.k_proj", "attn_k", "KD"),
     ("self_attn.v_proj", "attn_v", "KD"),
-    ("self_attn.o_proj", "attn_output", "DQ"),
+)
+_O = ("self_attn.o_proj", "attn_output", "DQ")
+_LAYER = (
+    ("input_layernorm", "attn_norm", "D"),
+    *_QKV,
+    _O,
     ("post_attention_layernorm", "ffn_norm", "D"),
     ("mlp.gate_proj", "ffn_gate", "FD"),
     ("mlp.up_proj", "ffn_up", "FD"),
@@ -56,14 +63,19 @@ def iter_weights(config: ModelConfig) -> Iterator[WeightName]:
 
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
 
-    def weight(hf: str, gguf: str, axes: str, heads: int | None = None) -> WeightName:
+    def weight(hf: str, gguf: str, axes: str, kind: str = "weight") -> WeightName:
         shape = tuple(sizes[axis] for axis in axes)
-        return WeightName(f"{hf}.weight", f"{gguf}.weight", shape, heads)
+        return WeightName(
+            f"{hf}.{kind}", f"{gguf}.{kind}", shape, heads.get(gguf.rpartition(".")[2])
+        )
 
+    biased = (*(_QKV if config.qkv_bias else ()), *([_O] if config.o_bias else ()))
     yield weight(*_EMBEDDING)
     for layer in range(config.n_layers):
         for hf, gguf, axes in _LAYER:
-            yield weight(f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}", axes, heads.get(gguf))
+            yield weight(f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}", axes)
+        for hf, gguf, axes in biased:
+            yield weight(f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}", axes[:1], "bias")
     yield weight(*_NORM)
     if not config.tied:
         yield weight(*_HEAD)
@@ -88,6 +100,15 @@ def check_shapes(found: Mapping[str, Shape], expected: Iterable[tuple[str, Shape
             raise DamagedFileError(
                 f"{shown(name)}: {_text(shape)}, the config says there is no such tensor"
             )
+
+
+def half_split_rows(n_rows: int, heads: int) -> npt.NDArray[np.intp]:
+    """Which rows of Meta's and GGUF's interleaved pairs, in the half-split order of Hugging Face.
+
+    The inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    pairs = np.arange(n_rows).reshape(heads, -1, 2)  # (H, E / 2, 2)
+    return pairs.swapaxes(1, 2).reshape(-1)
 
 
 @contextmanager

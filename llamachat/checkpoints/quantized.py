@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from llamachat.architecture import ModelConfig, brief
 from llamachat.checkpoints.gguf import GgufCheckpoint
+from llamachat.checkpoints.meta import MetaCheckpoint, is_meta
 from llamachat.checkpoints.quantized_layout import PARTS, Kept, StoredWeight, expect, layouts
 from llamachat.checkpoints.safetensors import FolderCheckpoint, opened
 from llamachat.errors import DamagedFileError, TransferError
@@ -104,13 +105,19 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def _frame(path: Path) -> GgufCheckpoint | MetaCheckpoint | FolderCheckpoint:
+    """The source's config and tokenizer, copied into the folder."""
+    if (path / GGUF_HEADER).exists():
+        return GgufCheckpoint(path / GGUF_HEADER)
+    return MetaCheckpoint(path) if is_meta(path) else FolderCheckpoint(path)
+
+
 class QuantizedCheckpoint:
     """A folder that `llamachat quantize` wrote."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        header = path / GGUF_HEADER
-        self._frame = GgufCheckpoint(header) if header.exists() else FolderCheckpoint(path)
+        self._frame = _frame(path)
 
     @property
     def path(self) -> Path:
@@ -129,7 +136,7 @@ class QuantizedCheckpoint:
         _, stored = self._header
         embedding = self._embedding_rows()
         tied = not {"lm_head.weight", "lm_head.weight.codes"} & stored.keys()
-        if isinstance(self._frame, GgufCheckpoint):
+        if isinstance(self._frame, GgufCheckpoint | MetaCheckpoint):
             config = self._frame.declared_config(tied=tied, vocab_size=embedding)
         else:
             config = replace(self._frame.declared_config, tied=tied)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 PARTIAL = ".partial"
 JOURNAL = "journal.jsonl"
 _REPLACED = "replaced"
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 _MAX_JOB_BYTES = 1 << 16
 _UNSYNCED_BYTES = 64 * 2**20  # at most so much is lost when the power fails
 _ENTRY_BYTES = 120  # of the header for a tensor or a sha256, beside the name
@@ -263,7 +263,7 @@ def _small_files(source: Checkpoint) -> Iterator[tuple[str, bytes]]:
         yield GGUF_HEADER, without_tensors(source.files[0])
         return
     for file in source.files:
-        if not file.name.endswith(_WEIGHT_SUFFIXES):
+        if not file.name.removesuffix(".index.json").endswith(_WEIGHT_SUFFIXES):
             yield file.name, file.read_bytes()
 
 
@@ -271,7 +271,7 @@ def weight_files(source: Checkpoint) -> tuple[Path, ...]:
     """The files that hold a model's tensors."""
     if isinstance(source, GgufCheckpoint):
         return source.files
-    return tuple(file for file in source.files if file.suffix == ".safetensors")
+    return tuple(file for file in source.files if file.suffix in _WEIGHT_SUFFIXES)
 
 
 def _room_for_header(source: Checkpoint, job: Mapping[str, Any]) -> int:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from llamachat.architecture import ModelConfig, brief, config_from_hf
-from llamachat.checkpoints import bnb
+from llamachat.architecture import CHATGLM, ModelConfig, brief, config_from_hf
+from llamachat.checkpoints import bnb, chatglm
 from llamachat.checkpoints.names import Shape, check_shapes, iter_weights, located, shown
+from llamachat.checkpoints.pickled import read_pickled
+from llamachat.checkpoints.stored import Stored, check_floats, commonest_type
 from llamachat.errors import DamagedFileError, TransferError
 from llamachat.tokenizer import Tokenizer
 
@@ -31,14 +33,15 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PICKLED = "pytorch_model.bin"
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
 _SMALL_FILES = (
-    *(_CONFIG, _GENERATION, _TOKENIZER_CONFIG, _TEMPLATE, _INDEX),
+    *(_CONFIG, _GENERATION, _TOKENIZER_CONFIG, _TEMPLATE, _INDEX, _PICKLED_INDEX),
     *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
 )
-_DTYPES = ("F32", "F16", "BF16")
 _MAX_TEXT_BYTES = 64 * 2**20
 _HEAD = "lm_head.weight"
-_UNREAD = ".rotary_emb.inv_freq"  # a table that is computed
+_UNREAD = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")  # a table that is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,15 @@ class _Stored:
     """One tensor of one file, as its header has it."""
 
     path: Path
+    name: str
     shape: Shape
     dtype: str
+
+    def read(self) -> Tensor:
+        """The values."""
+        with opened(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+            return tensor
 
 
 class FolderCheckpoint:
@@ -71,7 +81,7 @@ class FolderCheckpoint:
     def config(self) -> ModelConfig:
         """The architecture; the presence, shape and type of every tensor agree with it."""
         config = self.declared_config
-        if _HEAD not in self._stored:
+        if self._head not in self._stored:
             config = replace(config, tied=True)
         quantized = self._quantized
         with located(self._path):
@@ -87,7 +97,7 @@ class FolderCheckpoint:
                 f"{path}: no such file, expected the model's architecture",
                 hint=f"name a GGUF file, or the folder that holds {_CONFIG} and *.safetensors",
             )
-        values = _read_json(path)
+        values = read_json(path)
         with located(path):
             return config_from_hf(values)
 
@@ -97,9 +107,7 @@ class FolderCheckpoint:
         n_values: Counter[str] = Counter()
         for weight in self._quantized.values():
             n_values[weight.form] += math.prod(weight.shape)
-        for stored in () if n_values else self._stored.values():
-            n_values[stored.dtype] += math.prod(stored.shape)
-        return n_values.most_common(1)[0][0] if n_values else "no weights"
+        return n_values.most_common(1)[0][0] if n_values else commonest_type(self._stored.values())
 
     @property
     def chat_template(self) -> str | None:
@@ -108,14 +116,16 @@ class FolderCheckpoint:
         if path.exists():
             return _read_text(path)
         path = self._path / _TOKENIZER_CONFIG
-        template = _read_json(path).get("chat_template")
+        template = read_json(path).get("chat_template")
+        if template is None and self._is_chatglm:
+            return chatglm.CHAT_TEMPLATE
         with located(path):
             return _default_template(template)
 
     @property
     def generation(self) -> Mapping[str, Any]:
         """`generation_config.json`, empty where there is none."""
-        return _read_json(self._path / _GENERATION)
+        return read_json(self._path / _GENERATION)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -131,24 +141,38 @@ class FolderCheckpoint:
             self._path,
             bos_id=bos_ids[0] if bos_ids else None,
             eos_ids=self._token_ids("eos_token_id"),
+            appended=chatglm.APPENDED_TOKENS if self._is_chatglm else (),
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight by its name, in the order of a forward pass; a tied head is left out."""
+        if self._is_chatglm:
+            for joined in chatglm.iter_joined(self.config):
+                yield from joined.split(self._read(joined.name))
+            return
         for weight in iter_weights(self.config):
             yield weight.hf, self._read(weight.hf)
 
+    @property
+    def _is_chatglm(self) -> bool:
+        return read_json(self._path / _CONFIG).get("model_type") == CHATGLM
+
+    @property
+    def _head(self) -> str:
+        return chatglm.stored_name(_HEAD) if self._is_chatglm else _HEAD
+
     @cached_property
-    def _stored(self) -> Mapping[str, _Stored]:
+    def _stored(self) -> Mapping[str, Stored]:
         """Every tensor, found through the index where there is one."""
-        if not (self._path / _INDEX).exists() or (self._path / _WEIGHTS).exists():
-            return _read_header(self._path / _WEIGHTS)
+        if self._index is None:
+            return _read_header(*self._weight_files)
         headers = {path.name: _read_header(path) for path in self._weight_files}
         stored = {}
         for name, shard in self._weight_map.items():
             if name not in headers[shard]:
+                index = self._index.name
                 raise DamagedFileError(
-                    f"{self._path / shard}: no tensor {shown(name)}, {_INDEX} says it is there"
+                    f"{self._path / shard}: no tensor {shown(name)}, {index} says it is there"
                 )
             stored[name] = headers[shard][name]
         return stored
@@ -157,6 +181,8 @@ class FolderCheckpoint:
     def _quantized(self) -> Mapping[str, bnb.Quantized]:
         """Those weights that lie in several tensors."""
         contents: dict[str, bytes] = {}
+        if self._is_pickled:  # what bitsandbytes needs beside values is in *.safetensors alone
+            return {}
         with located(self._path):
             described = list(bnb.described(self._stored))
         for path in {self._stored[name].path for name in described}:
@@ -168,21 +194,39 @@ class FolderCheckpoint:
 
     def _read(self, name: str) -> Tensor | QTensor:
         def tensor(name: str) -> Tensor:
-            return _read_tensor(self._stored[name].path, name)
+            return self._stored[name].read()
 
         weight = self._quantized.get(name)
         return weight.read(tensor) if weight else tensor(name)
 
     @property
+    def _is_pickled(self) -> bool:
+        """Whether weights are in *.bin alone."""
+        found = [
+            (self._path / name).exists() for name in (_WEIGHTS, _INDEX, _PICKLED, _PICKLED_INDEX)
+        ]
+        return not any(found[:2]) and any(found[2:])
+
+    @property
+    def _index(self) -> Path | None:
+        """What says in which shard a tensor is; one file needs none."""
+        single, index = (_PICKLED, _PICKLED_INDEX) if self._is_pickled else (_WEIGHTS, _INDEX)
+        if (self._path / single).exists() or not (self._path / index).exists():
+            return None
+        return self._path / index
+
+    @property
     def _weight_files(self) -> tuple[Path, ...]:
-        if (self._path / _WEIGHTS).exists() or not (self._path / _INDEX).exists():
-            return (self._path / _WEIGHTS,)
+        if self._index is None:
+            name = _PICKLED if self._is_pickled else _WEIGHTS
+            return (self._path / name,)
         return tuple(self._path / shard for shard in sorted(set(self._weight_map.values())))
 
     @cached_property
     def _weight_map(self) -> Mapping[str, str]:
-        path = self._path / _INDEX
-        weight_map = _read_json(path).get("weight_map")
+        path = self._index
+        assert path is not None
+        weight_map = read_json(path).get("weight_map")
         with located(path):
             if not isinstance(weight_map, dict):
                 raise DamagedFileError(f"weight_map is {brief(weight_map)}, expected an object")
@@ -203,15 +247,18 @@ class FolderCheckpoint:
         shapes: dict[str, Shape] = {name: stored.shape for name, stored in floats.items()}
         shapes |= {name: weight.shape for name, weight in quantized.items()}
         if config.tied:
-            shapes.pop(_HEAD, None)
-        check_shapes(shapes, ((weight.hf, weight.shape) for weight in iter_weights(config)))
-        for name in shapes.keys() & floats.keys():
-            if (dtype := floats[name].dtype) not in _DTYPES:
-                raise DamagedFileError(f"{name}: type {dtype}, expected {', '.join(_DTYPES)}")
+            shapes.pop(self._head, None)
+        expected = (
+            ((joined.name, joined.shape) for joined in chatglm.iter_joined(config))
+            if self._is_chatglm
+            else ((weight.hf, weight.shape) for weight in iter_weights(config))
+        )
+        check_shapes(shapes, expected)
+        check_floats(floats, shapes.keys() & floats.keys())
 
     def _token_ids(self, key: str) -> tuple[int, ...]:
         for path in (self._path / _GENERATION, self._path / _CONFIG):
-            value = _read_json(path).get(key)
+            value = read_json(path).get(key)
             if value is None:
                 continue
             ids = value if isinstance(value, list) else [value]
@@ -237,20 +284,16 @@ def _default_template(template: Any) -> str | None:
     raise DamagedFileError(f"chat_template is {brief(template)}, expected a string")
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
-    """Names, shapes and types; the library checks every offset against the file's size."""
+def _read_header(path: Path) -> Mapping[str, Stored]:
+    """Names, shapes and types, every offset checked against the file's size."""
+    if path.suffix == ".bin":
+        return read_pickled(path)
     with opened(path, framework="numpy") as file:  # without torch, and no array is made
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         return {
-            name: _Stored(path, tuple(it.get_shape()), it.get_dtype())
+            name: _Stored(path, name, tuple(it.get_shape()), it.get_dtype())
             for name, it in slices.items()
         }
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    with opened(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
 
 
 @contextmanager
@@ -264,7 +307,7 @@ def opened(path: Path, *, framework: str) -> Iterator[Any]:
     if not path.exists():
         raise DamagedFileError(
             f"{path}: no such file, expected weights",
-            hint="only *.safetensors are read, not *.bin or *.pth; fetch all files of the model",
+            hint="fetch all files of the model: *.safetensors, or pytorch_model*.bin",
         )
     try:
         with safe_open(path, framework=framework) as file:
@@ -289,7 +332,7 @@ def _read_text(path: Path) -> str:
         raise TransferError(f"{path}: {error.strerror or error}") from error
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object, empty where there is no such file."""
     if not path.exists():
         return {}

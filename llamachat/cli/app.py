@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llamachat.cli import bench, chat, doctor, eval, models, quantize, tokenize
+from llamachat.cli import bench, chat, doctor, eval, merge, models, quantize, tokenize
 from llamachat.errors import LlamachatError, UsageError
 from llamachat.terminal import output
 from llamachat.terminal.failure import show_failure
@@ -139,6 +139,7 @@ for name, command in (
     ("rm", models.remove),
     ("tokenize", tokenize.tokenize),
     ("quantize", quantize.quantize),
+    ("merge", merge.merge),
     ("eval", eval.evaluate),
     ("bench", bench.bench),
     ("doctor", doctor.doctor),

@@ -66,11 +66,16 @@ def chat(
         str,
         option("--quantize", metavar="FORM", help="auto, none, int8, int4, nf4, fp4, llm-int8."),
     ] = "auto",
+    lora: Annotated[
+        Optional[list[str]],
+        option("--lora", metavar="PATH[:SCALE]", help="Adapter to merge in; repeatable."),
+    ] = None,
     kv_cache: Annotated[
         str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")
     ] = "auto",
     template: Annotated[
-        Text, option("--template", metavar="NAME", help="none: plain completion.")
+        Text,
+        option("--template", metavar="NAME", help="Built-in template; none: plain completion."),
     ] = None,
     strategy: Annotated[
         Text, option("--strategy", metavar="NAME", help="greedy, random, top-k[:40], top-p[:0.9].")
@@ -128,6 +133,7 @@ def chat(
         backend=backend,
         dtype=dtype,
         quantize=quantize,
+        lora=tuple(lora or ()),
         kv_cache=kv_cache,
         template=template,
         stop=tuple(question.valid(text, "--stop", notices) for text in stop or ()),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamachat import hardware, settings
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints import Checkpoint, open_checkpoint
+from llamachat.checkpoints.lora import AdaptedCheckpoint, adapter_named
 from llamachat.errors import DamagedFileError, UsageError, WillNotFitError
 from llamachat.kernels.backends import Backend, choose, make
 from llamachat.library.catalog import find
@@ -109,6 +110,7 @@ class Model:
 def load(
     name: str | Path | None = None,
     *,
+    lora: Sequence[str | Path] = (),
     quantize: str = "auto",
     device: str = "auto",
     backend: str = "auto",
@@ -126,6 +128,7 @@ def load(
 
     Args:
         name: an alias, a Hub repository id, or a path; default as on the command line.
+        lora: adapters to merge in, in order: folders as PEFT saves them, PATH or PATH:SCALE.
         quantize: "auto" runs quantized weights in the form of their file and brings float ones to
             int8, or int4 where int8 would not fit, unless `dtype` is named; "none" unpacks them to
             `dtype`; the others are forms to bring them to (`llamachat quantize` keeps the result).
@@ -155,7 +158,7 @@ def load(
     located = resolve(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
     )
-    checkpoint = open_checkpoint(located.path)
+    checkpoint = _adapted(open_checkpoint(located.path), lora)
     plan = make_plan(
         checkpoint,
         chosen,
@@ -183,6 +186,12 @@ def load(
     )
 
 
+def _adapted(checkpoint: Checkpoint, lora: Sequence[str | Path]) -> Checkpoint:
+    for name in lora:
+        checkpoint = AdaptedCheckpoint(checkpoint, adapter_named(str(name)))
+    return checkpoint
+
+
 def _backend(asked: str, notice: Callable[[str], None]) -> Backend:
     chosen = choose(asked)
     if chosen.missing:
@@ -199,7 +208,8 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
     kernels = make(plan.backend, threads, getattr(torch, plan.dtype))
     checkpoint = plan.checkpoint
     try:
-        decoder = load_decoder(checkpoint.config, _tensors(plan, kernels), kernels)
+        config = checkpoint.config.at_context(plan.ctx_size)
+        decoder = load_decoder(config, _tensors(plan, kernels), kernels)
     except DamagedFileError as error:
         if str(checkpoint.path) in error.message:
             raise

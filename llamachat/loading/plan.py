@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from llamachat import hardware
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.checkpoints.names import iter_weights
+from llamachat.checkpoints.overlay import changed_in
 from llamachat.errors import UsageError, WillNotFitError
 from llamachat.kernels.backends import Backend
 from llamachat.library import quantized
@@ -94,15 +95,34 @@ def _in_form(plan: Plan, asked: str, notice: Notice) -> Plan:
         asked = own
     if asked == own and not is_float:
         n_bytes = sum(file.stat().st_size for file in plan.checkpoint.files)
-        return replace(plan, quantize=own, weight_bytes=n_bytes)
+        plan = replace(plan, quantize=own, weight_bytes=n_bytes)
+        return _requantized(plan, notice) if changed_in(plan.checkpoint) else plan
     if asked == "none" or (asked == "auto" and plan.backend.name != "native"):
         return replace(plan, weight_bytes=_unpacked_bytes(plan))
+    return _kept(_first_that_fits(plan, asked), notice)
+
+
+def _first_that_fits(plan: Plan, asked: str) -> Plan:
     names = [name for name in FORM_NAMES if name == asked] or ["int8", "int4"]
     for name in names:
         fresh = _quantized(plan, name)
         if _fitting(fresh) >= (plan.ctx_size or LEAST_CONTEXT):
             break
-    return _kept(fresh, notice)
+    return fresh
+
+
+def _requantized(plan: Plan, notice: Notice) -> Plan:
+    """The plan with a recipe for those weights of a quantized file that adapters change."""
+    changed = changed_in(plan.checkpoint)
+    fresh = _first_that_fits(plan, plan.quantize)
+    assert fresh.recipe is not None
+    forms = {name: form for name, form in fresh.recipe.forms.items() if name in changed}
+    notice(
+        f"{len(changed)} weights, {plan.checkpoint.form} in their file, are unpacked, merged with "
+        f"the adapter and quantized again to {fresh.quantize}"
+    )
+    n_bytes = max(plan.weight_bytes, fresh.weight_bytes)
+    return replace(plan, recipe=replace(fresh.recipe, forms=forms), weight_bytes=n_bytes)
 
 
 def _quantized(plan: Plan, name: FormName) -> Plan:
@@ -122,7 +142,8 @@ def _quantized(plan: Plan, name: FormName) -> Plan:
 def _kept(plan: Plan, notice: Notice) -> Plan:
     """The plan with what `llamachat quantize` made by the same recipe, if it did."""
     assert plan.recipe is not None
-    if folder := quantized.locate(plan.checkpoint, plan.recipe.key):
+    is_adapted = bool(changed_in(plan.checkpoint))
+    if not is_adapted and (folder := quantized.locate(plan.checkpoint, plan.recipe.key)):
         return replace(plan, checkpoint=open_checkpoint(folder), recipe=None)
     if plan.checkpoint.form.lower() not in FLOAT_FORMS:
         notice(
@@ -130,7 +151,10 @@ def _kept(plan: Plan, notice: Notice) -> Plan:
             "to theirs"
         )
     if plan.checkpoint.config.n_params >= SLOW_TO_QUANTIZE:
-        notice(f"quantizing to {plan.quantize}; `llamachat quantize` does it once and keeps it")
+        first = "`llamachat merge` and then " if is_adapted else ""
+        notice(
+            f"quantizing to {plan.quantize}; {first}`llamachat quantize` does it once and keeps it"
+        )
     return plan
 
 
@@ -160,10 +184,11 @@ def _fitting(plan: Plan) -> int:
 
 def _context(plan: Plan, asked: int | None, notice: Notice) -> int:
     """Tokens of context: what was asked for if it fits, else as many as do."""
-    limit = plan.checkpoint.config.max_seq_len
+    config = plan.checkpoint.config
+    limit = config.longest_context
     if asked is not None and not 0 < asked <= limit:
         raise UsageError(f"--ctx-size is {asked}, the model takes 1 to {limit} tokens")
-    wanted, fits = asked or limit, _fitting(plan)
+    wanted, fits = asked or config.max_seq_len, _fitting(plan)
     if fits < min(wanted, LEAST_CONTEXT) or (asked and fits < asked):
         _, available = hardware.memory_bytes()
         needed = (plan.weight_bytes + _token_bytes(plan) * wanted) / GIB

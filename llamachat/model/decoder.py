@@ -12,7 +12,7 @@ from torch import Tensor
 from llamachat.architecture import ModelConfig
 from llamachat.errors import DamagedFileError
 from llamachat.kernels import Batch, Cache, CacheShape, Kernels, Norm, Weight
-from llamachat.model.rope import inverse_frequencies
+from llamachat.model.rope import inverse_frequencies, query_scale
 from llamachat.quant.tensor import QTensor
 
 T = TypeVar("T")
@@ -115,11 +115,13 @@ class _Loader:
         self.packed: dict[str, Weight] = {}
         self.norms: dict[str, Norm] = {}
         self.divisors: Tensor | None = None
+        self.query_scale = query_scale(config)
         self.weight_of = {
-            f"model.layers.{layer}.{part}.weight": (f"{layer}.{fused}", parts)
+            name: (f"{layer}.{fused}", names)
             for layer in range(config.n_layers)
-            for fused, parts in FUSED.items()
-            for part in parts
+            for fused in FUSED
+            for names in [_names(config, layer, fused)]
+            for name in names
         }
 
     def take(self, name: str, tensor: Tensor | QTensor) -> None:
@@ -132,7 +134,7 @@ class _Loader:
                 tensor.to(self.kernels.device, torch.float32), self.config.norm_eps
             )
         elif name in self.weight_of:
-            self.waiting[name] = tensor
+            self.waiting[name] = self._scaled(tensor) if "q_proj" in name else tensor
             self._pack_if_complete(name)
 
     def decoder(self) -> Decoder:
@@ -148,13 +150,21 @@ class _Loader:
             frequencies=inverse_frequencies(config, self.divisors).to(self.kernels.device),
         )
 
+    def _scaled(self, queries: Tensor | QTensor) -> Tensor | QTensor:
+        if self.query_scale == 1:
+            return queries
+        return queries * self.query_scale
+
     def _pack_if_complete(self, name: str) -> None:
-        key, parts = self.weight_of[name]
-        prefix = f"model.layers.{key.partition('.')[0]}."
-        names = [f"{prefix}{part}.weight" for part in parts]
+        key, names = self.weight_of[name]
         if all(n in self.waiting for n in names):
-            tensors = [self.waiting.pop(n) for n in names]
-            self.packed[key] = self.kernels.pack(tensors, gated=key.endswith("gate_up"))
+            found = {n: self.waiting.pop(n) for n in names}
+            biases = [b for n, b in found.items() if n.endswith("bias") and isinstance(b, Tensor)]
+            self.packed[key] = self.kernels.pack(
+                [weight for n, weight in found.items() if n.endswith("weight")],
+                bias=torch.cat(biases) if biases else None,
+                gated=key.endswith("gate_up"),
+            )
 
     def _block(self, layer: int) -> Block:
         norms = {
@@ -170,3 +180,10 @@ class _Loader:
             missing = [n for n in missing if n not in self.waiting] or missing
             raise DamagedFileError(f"{missing[0]} is missing")
         return table[name]
+
+
+def _names(config: ModelConfig, layer: int, fused: str) -> list[str]:
+    """Of all that is packed as one: weights in the order of their rows, then their biases."""
+    is_biased = {"qkv": config.qkv_bias, "o": config.o_bias}.get(fused, False)
+    kinds = ("weight", "bias") if is_biased else ("weight",)
+    return [f"model.layers.{layer}.{part}.{kind}" for kind in kinds for part in FUSED[fused]]

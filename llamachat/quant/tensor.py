@@ -54,6 +54,11 @@ class QTensor:
         mins = None if self.mins is None else self.mins[index]
         return replace(self, codes=self.codes[index], scales=self.scales[index], mins=mins)
 
+    def __mul__(self, factor: float) -> QTensor:
+        """The matrix times a number, in float32 scales: the codes stay."""
+        mins = None if self.mins is None else self.mins.float() * factor
+        return replace(self, scales=self.scales.float() * factor, mins=mins)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (O, I) matrix; products and sums are rounded once each, to `dtype`.
 

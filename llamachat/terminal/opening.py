@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llamachat import settings
+from llamachat.chat.builtin import BuiltInTemplate, check_name, template_for
 from llamachat.chat.options import BUILT_IN, Options, Said
 from llamachat.chat.session import ChatSession
-from llamachat.chat.templates import PlainTemplate
+from llamachat.chat.templates import PlainTemplate, Template
 from llamachat.errors import UsageError
 from llamachat.terminal.failure import Notices
 from llamachat.terminal.interrupts import left_at_once
@@ -33,6 +34,7 @@ class Run:
     backend: str
     dtype: str
     quantize: str
+    lora: tuple[str, ...]
     kv_cache: str
     template: str | None
     stop: tuple[str, ...]
@@ -60,23 +62,30 @@ def open_session(run: Run) -> Opened:
     """
     layer = ("config file", _configured())
     Options(run.said, (layer,)).decoding()
-    if run.template not in (None, "none"):
-        raise UsageError(f"--template {run.template} is not known", hint="--template none")
+    if run.template is not None:
+        check_name(run.template)
     _fetch(run)
     began = time.perf_counter()
     model = _load(run)
     load_s = time.perf_counter() - began
-    if model.chat_template is None and run.template is None:
-        run.notices(f"{model.name} has no chat template: it goes on writing where the prompt ends")
     session = ChatSession(
         model,
         system=run.system,
         options=Options(run.said, (layer, *model.sampling)),
         max_new_tokens=run.max_new_tokens,
         stop=run.stop,
-        template=PlainTemplate() if run.template == "none" else None,
+        template=_template(run, model),
     )
     return Opened(model, session, load_s)
+
+
+def _template(run: Run, model: Model) -> Template:
+    template = template_for(model.chat_template, model.tokenizer, model.located, asked=run.template)
+    if run.template is None and isinstance(template, PlainTemplate):
+        run.notices(f"{model.name} has no chat template: it goes on writing where the prompt ends")
+    elif run.template is None and isinstance(template, BuiltInTemplate):
+        run.notices(f"{model.name} carries no chat template: {template.name}, by what it is")
+    return template
 
 
 def _configured() -> dict[str, float]:
@@ -90,8 +99,10 @@ def _configured() -> dict[str, float]:
 
 def _fetch(run: Run) -> None:
     """See to it that the model is on disk, before the long import of torch."""
+    from llamachat.library.catalog import check_is_whole
     from llamachat.library.store import resolve
 
+    check_is_whole(run.model or settings.default_model())
     with download_progress(quiet=run.notices.quiet) as progress:
         resolve(
             run.model or settings.default_model(),
@@ -113,6 +124,7 @@ def _load(run: Run) -> Model:
 
             return load(
                 run.model,
+                lora=run.lora,
                 device=run.device,
                 backend=run.backend,
                 dtype=run.dtype,

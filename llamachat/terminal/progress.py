@@ -95,13 +95,15 @@ def download_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None] | N
 
 
 @contextmanager
-def quantizing_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+def quantizing_progress(
+    *, quiet: bool, doing: str = "quantizing"
+) -> Iterator[Callable[[str, int, int], None]]:
     """A callable that is told what is done, and bytes of the source done and in all."""
     if quiet:
         yield lambda what, done, total: None
     elif on_terminal():
         with _bar() as show:
-            yield lambda what, done, total: show(done, total, f"quantizing {what}")
+            yield lambda what, done, total: show(done, total, f"{doing} {what}")
     else:
         lines = _plain_lines()
         yield lambda what, done, total: lines(done, total, f"{what}, ")

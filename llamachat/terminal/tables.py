@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from llamachat.chat.templates import Message, encode, render, template_of
+from llamachat.chat.builtin import template_for
+from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, encode, render
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import ModelNotFoundError, UsageError
-from llamachat.library.catalog import CATALOG, find
+from llamachat.library.catalog import CATALOG, Entry, find
 from llamachat.library.results import newest
 from llamachat.library.store import Installed, Located, derived, installed, require
 from llamachat.library.store import remove as delete
@@ -21,6 +22,10 @@ from llamachat.terminal.output import write
 from llamachat.terminal.results import dated_lines
 
 MB = 1e6
+_ENTRY_KEYS = (
+    "also", "family", "params", "context", "licence", "gated", "template", "defaults", "base",
+)  # fmt: skip
+_EXAMPLE = [Message(role, "{" + role + "}") for role in ("system", "user", "assistant", "user")]
 
 
 def show_models(*, every: bool, json: bool) -> None:
@@ -31,12 +36,18 @@ def show_models(*, every: bool, json: bool) -> None:
     if json:
         rows = [_installed_json(model) for model in models]
         rows += [{"name": e.alias, "repo": e.repo, "installed": False} for e in absent]
+        facts = {entry.alias: _entry_json(entry) for entry in CATALOG if every}
+        rows = [{**row, **facts.get(row["name"], {})} for row in rows]
         _write_json(rows)
         return
     if not models and not absent:
         say("llamachat: no model on disk yet; `llamachat pull smollm2-135m` fetches one")
+    rows_shown: list[tuple[str, ...]]
     rows_shown = [(_title(m), f"{m.size_bytes / MB:,.0f} MB", str(m.path)) for m in models]
     rows_shown += [(e.alias, "not on disk", e.repo) for e in absent]
+    if every:
+        cells = {entry.alias: _entry_cells(entry) for entry in CATALOG}
+        rows_shown = [(*row[:2], *cells.get(row[0], ("",) * 4), row[2]) for row in rows_shown]
     write_columns(rows_shown)
 
 
@@ -69,25 +80,32 @@ def show_model(name: str, *, json: bool) -> None:
 
 
 def show_template(name: str, *, json: bool) -> None:
-    """The Jinja source.
+    """The Jinja source, or what the built-in template makes of a conversation.
 
     Raises:
-        ModelNotFoundError: the model has none.
+        ModelNotFoundError: the model has neither.
     """
-    template = open_checkpoint(require(name).path).chat_template
+    located = require(name)
+    checkpoint = open_checkpoint(located.path)
+    tokenizer = checkpoint.tokenizer()
+    template = template_for(checkpoint.chat_template, tokenizer, located)
     if json:
-        _write_json({"template": template})
-    elif template is None:
+        _write_json({"template": checkpoint.chat_template, "name": template.name})
+    elif isinstance(template, PlainTemplate):
         raise ModelNotFoundError(f"{name} has no chat template")
+    elif isinstance(template, JinjaTemplate):
+        write(template.source.removesuffix("\n") + "\n")
     else:
-        write(template.removesuffix("\n") + "\n")
+        say(f"llamachat: {name} carries no chat template; built in is {template.name}:")
+        write(render(template.segments(_EXAMPLE), tokenizer).removesuffix("\n") + "\n")
 
 
 def show_rendered(name: str, path: Path, *, json: bool) -> None:
     """A conversation as the exact prompt; with `json`, its ids as well."""
-    checkpoint = open_checkpoint(require(name).path)
+    located = require(name)
+    checkpoint = open_checkpoint(located.path)
     tokenizer = checkpoint.tokenizer()
-    template = template_of(checkpoint.chat_template, tokenizer)
+    template = template_for(checkpoint.chat_template, tokenizer, located)
     segments = template.segments(_conversation(path))
     text = render(segments, tokenizer)
     if json:
@@ -142,6 +160,16 @@ def _conversation(path: Path) -> list[Message]:
                 "expected system, user or assistant with text"
             )
     return messages
+
+
+def _entry_cells(entry: Entry) -> tuple[str, ...]:
+    gated = "gated" if entry.gated else ""
+    return f"{entry.params / 1e9:.3g}B", f"{entry.context:,}", entry.licence, gated
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    facts = asdict(entry)
+    return {k: facts[k] for k in _ENTRY_KEYS}
 
 
 def _licence(located: Located) -> str | None:

@@ -15,7 +15,7 @@ from llamachat.errors import DamagedFileError, LlamachatError, UsageError
 from llamachat.tokenizer.table import byte_level_bytes, sentencepiece_bytes
 
 # meta-llama/llama3, llama/tokenizer.py, Tokenizer.pat_str.
-_LLAMA3_PATTERN = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -43,7 +43,7 @@ def _smollm() -> PreTokenizer:
 
 
 def _llama_bpe() -> PreTokenizer:
-    return _split(_LLAMA3_PATTERN)
+    return _split(LLAMA3_PATTERN)
 
 
 def _default() -> PreTokenizer:

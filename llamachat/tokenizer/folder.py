@@ -1,9 +1,8 @@
-"""A tokenizer from a Hugging Face folder: tokenizer.json, or a SentencePiece tokenizer.model."""
+"""A tokenizer from a folder: tokenizer.json, or tokenizer.model (SentencePiece or tiktoken)."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
@@ -14,31 +13,37 @@ from tokenizers import Tokenizer as Library
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 from llamachat.tokenizer.bpe import library_failures, spelling, splitter
+from llamachat.tokenizer.ranks import are_ranks, tiktoken_tokenizer
 from llamachat.tokenizer.spm import load_model, sentencepiece_tokenizer
 from llamachat.tokenizer.table import TableTokenizer, first_known, sentencepiece_bytes, stop_set
 
 # The largest tokenizer.json of a Llama model has 17 MB.
 _MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_SETTINGS_BYTES = 16 << 20
-_TIKTOKEN_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
-def tokenizer_from_folder(path: Path, *, bos_id: int | None, eos_ids: Sequence[int]) -> Tokenizer:
+def tokenizer_from_folder(
+    path: Path, *, bos_id: int | None, eos_ids: Sequence[int], appended: Sequence[str] = ()
+) -> Tokenizer:
     """Build the tokenizer of a model folder.
 
     Args:
         path: the folder.
         bos_id: the config's, for a folder whose tokenizer files name none.
         eos_ids: the config's and the generation config's, which join the tokenizer's own.
+        appended: special tokens whose ids follow those of a SentencePiece model; prompts then
+            begin with some of them instead of BOS.
 
     Raises:
         DamagedFileError: there is no tokenizer, or its files are damaged or not supported.
     """
+    if appended and (path / "tokenizer.model").is_file():
+        return _with_appended(path / "tokenizer.model", appended, eos_ids)
     settings = _read_settings(path / "tokenizer_config.json")
     if (path / "tokenizer.json").is_file():
         return _from_json(path / "tokenizer.json", settings, bos_id, eos_ids)
     if (path / "tokenizer.model").is_file():
-        return _from_sentencepiece(path / "tokenizer.model", settings, bos_id, eos_ids)
+        return _from_model(path / "tokenizer.model", settings, bos_id, eos_ids)
     raise DamagedFileError(
         f"{path}: neither tokenizer.json nor tokenizer.model",
         hint="fetch the tokenizer's files into the folder",
@@ -46,7 +51,7 @@ def tokenizer_from_folder(path: Path, *, bos_id: int | None, eos_ids: Sequence[i
 
 
 class _Settings:
-    """What tokenizer_config.json says; nothing, where there is none."""
+    """What a JSON file of settings says; nothing, where there is none."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values = values
@@ -60,10 +65,10 @@ class _Settings:
             raise self._refusal(name, value, "a token")
         return text
 
-    def add_bos(self) -> bool | None:
-        value = self._values.get("add_bos_token")
+    def flag(self, name: str) -> bool | None:
+        value = self._values.get(name)
         if value is not None and not isinstance(value, bool):
-            raise self._refusal("add_bos_token", value, "true or false")
+            raise self._refusal(name, value, "true or false")
         return value
 
     def specials(self) -> dict[str, int]:
@@ -113,7 +118,7 @@ def _from_json(
     specials = {token.content: i for i, token in added.items() if token.special}
     leading = next((i for i in with_specials[:1] if i in specials.values()), None)
     bos = next((i for i in (specials.get(bos_text or ""), bos_id, leading) if i in pieces), None)
-    add_bos, stops = settings.add_bos(), [specials.get(eos_text or ""), *eos_ids]
+    add_bos, stops = settings.flag("add_bos_token"), [specials.get(eos_text or ""), *eos_ids]
     return TableTokenizer(
         pieces=pieces,
         specials=specials,
@@ -128,27 +133,58 @@ def _from_json(
     )
 
 
-def _from_sentencepiece(
+def _from_model(
     path: Path, settings: _Settings, bos_id: int | None, eos_ids: Sequence[int]
 ) -> TableTokenizer:
     content = _read(path, _MAX_TOKENIZER_BYTES)
-    if _TIKTOKEN_RANK.match(content):
-        raise DamagedFileError(
-            f"{path}: tiktoken ranks are not supported yet, expected a SentencePiece model",
-            hint="put the model's tokenizer.json beside it",
+    if are_ranks(content):
+        specials = settings.specials()
+        stops = [specials.get(settings.token("eos_token") or ""), *eos_ids]
+        return tiktoken_tokenizer(
+            content,
+            str(path),
+            is_llama31=_is_llama31(path.parent, specials, eos_ids),
+            eos_ids=[token for token in stops if token is not None],
         )
+    return _from_sentencepiece(content, path, settings, bos_id, eos_ids)
+
+
+def _is_llama31(folder: Path, specials: Mapping[str, int], eos_ids: Sequence[int]) -> bool:
+    """Llama 3.1 named special tokens anew; its files are alike otherwise."""
+    meta = _read_settings(folder / "params.json")
+    return "<|eom_id|>" in specials or 128008 in eos_ids or meta.flag("use_scaled_rope") is True
+
+
+def _from_sentencepiece(
+    content: bytes,
+    path: Path,
+    settings: _Settings,
+    bos_id: int | None,
+    eos_ids: Sequence[int],
+) -> TableTokenizer:
     model = load_model(content, str(path))
     specials = settings.specials()
     known = {piece: token for token, piece in model.pieces.items()} | specials
     bos_text, eos_text = settings.token("bos_token"), settings.token("eos_token")
     own_bos = model.processor.bos_id() if bos_id is None else bos_id
-    add_bos = settings.add_bos()
+    add_bos = settings.flag("add_bos_token")
     return sentencepiece_tokenizer(
         model,
         bos_id=known.get(bos_text or "", own_bos),
         add_bos=True if add_bos is None else add_bos,
         declared_stops=[known.get(eos_text or ""), *eos_ids, model.processor.eos_id()],
         added_specials=specials,
+    )
+
+
+def _with_appended(path: Path, appended: Sequence[str], eos_ids: Sequence[int]) -> TableTokenizer:
+    model = load_model(_read(path, _MAX_TOKENIZER_BYTES), str(path))
+    return sentencepiece_tokenizer(
+        model,
+        bos_id=None,
+        add_bos=False,
+        declared_stops=[*eos_ids, model.processor.eos_id()],
+        added_specials={text: len(model.pieces) + i for i, text in enumerate(appended)},
     )
 
 

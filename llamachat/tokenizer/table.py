@@ -96,6 +96,11 @@ def byte_level_bytes(piece: str) -> bytes:
         return utf8(piece)
 
 
+def byte_level_piece(content: bytes) -> str:
+    """Bytes in GPT-2's alphabet."""
+    return "".join(_LETTER_OF[byte] for byte in content)
+
+
 def _byte_alphabet() -> dict[str, int]:
     # openai/gpt-2, src/encoder.py, bytes_to_unicode: printable bytes show as themselves, the
     # others as the letters from U+0100 on.
@@ -107,3 +112,4 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_LETTER_OF = {byte: letter for letter, byte in _BYTE_OF.items()}
