@@ -302,6 +302,23 @@ def test_a_download_brings_what_inference_needs_and_leaves_the_rest(
     assert capfd.readouterr() == ("", "")
 
 
+def test_pickled_weights_are_fetched_where_a_repository_has_no_others(fake_hub: Hub) -> None:
+    index = INDEX.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+    needed = {
+        "config.json": LLAMA,
+        "tokenizer.model": "m",
+        "pytorch_model.bin.index.json": index,
+        "pytorch_model-00001-of-00002.bin": "1",
+        "pytorch_model-00002-of-00002.bin": "2",
+    }
+    fake_hub.files = {**needed, "training_args.bin": "no"}
+    path = hub.download("org/name")
+    assert {p.name for p in path.iterdir()} == set(needed)
+    assert hub.locate(HubName("org/name")) == path
+    (path / "pytorch_model-00002-of-00002.bin").unlink()
+    assert hub.locate(HubName("org/name")) is None
+
+
 def test_one_gguf_file_is_downloaded_alone(fake_hub: Hub) -> None:
     fake_hub.files = {"b1.gguf": "a", "b[1].gguf": "b", "config.json": LLAMA}
     path = hub.download("org/name:b[1].gguf")

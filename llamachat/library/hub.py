@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,6 +41,8 @@ _WANTED = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "*.safetensors", _INDEX,
 )  # fmt: skip
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_PICKLED = ("pytorch_model*.bin", _PICKLED_INDEX)  # where a repository has no safetensors
 _UNWANTED = ("*/*", "consolidated*", "adapter_*")  # other forms of the same weights
 
 
@@ -162,18 +164,29 @@ def download(
     if offline or settings.is_offline():
         raise _switched_off(name)
     _require_revision(revision)
-    snapshot = _fetch(name, revision, token, force, show_progress)
-    if path := _whole_in(snapshot, name):
-        return path
-    what = name.file or "config.json, a tokenizer and *.safetensors"
+    forms = [_of_split(name.file)] if name.file else [_WANTED, (*_WANTED, *_PICKLED)]
+    for files in forms:
+        snapshot = _fetch(name, files, revision, token, force, show_progress)
+        if path := _whole_in(snapshot, name):
+            return path
+    what = name.file or "config.json, a tokenizer and *.safetensors or pytorch_model*.bin"
     raise ModelNotFoundError(
         f"{name.repo} has no {what}",
         hint=f"one GGUF file of a repository: llamachat pull {name.repo}:FILE.gguf",
     )
 
 
+def _of_split(file: str) -> tuple[str, ...]:
+    return (_SPLIT.sub(r"-?????-of-\1", glob.escape(file)),)
+
+
 def _fetch(
-    name: HubName, revision: str | None, token: str | None, force: bool, show_progress: bool
+    name: HubName,
+    files: Sequence[str],
+    revision: str | None,
+    token: str | None,
+    force: bool,
+    show_progress: bool,
 ) -> Path:
     """The snapshot folder, after `snapshot_download`; every failure as one of ours."""
     import huggingface_hub
@@ -187,7 +200,6 @@ def _fetch(
         raise AccessError(
             "the Hub token holds characters that no token has", hint="check HF_TOKEN for a typo"
         )
-    files = [_SPLIT.sub(r"-?????-of-\1", glob.escape(name.file))] if name.file else list(_WANTED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (enable_progress_bars if show_progress else disable_progress_bars)()
@@ -198,7 +210,7 @@ def _fetch(
                 cache_dir=settings.hub_cache_dir(),
                 token=token or None,
                 force_download=force,
-                allow_patterns=files,
+                allow_patterns=list(files),
                 ignore_patterns=None if name.file else list(_UNWANTED),
             )
         except Exception as error:  # noqa: BLE001 (httpx and hf-xet raise their own families)
@@ -292,10 +304,18 @@ def _is_whole(snapshot: Path) -> bool:
     """Whether a folder has a config, a tokenizer and all weights that its index names."""
     if not _has(snapshot, _CONFIG) or not any(_has(snapshot, file) for file in _TOKENIZERS):
         return False
-    if not (snapshot / _INDEX).is_file():
-        return _has(snapshot, "model.safetensors")
+    return any(
+        _has_all(snapshot, index, file)
+        for index, file in ((_INDEX, "model.safetensors"), (_PICKLED_INDEX, "pytorch_model.bin"))
+    )
+
+
+def _has_all(snapshot: Path, index_file: str, only_file: str) -> bool:
+    """Whether the weights of one form are there: what its index names, or the one file."""
+    if not (snapshot / index_file).is_file():
+        return _has(snapshot, only_file)
     try:
-        index = json.loads((snapshot / _INDEX).read_text(encoding="utf-8"))
+        index = json.loads((snapshot / index_file).read_text(encoding="utf-8"))
         return all(_has(snapshot, file) for file in set(index["weight_map"].values()))
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return False
