@@ -8,12 +8,17 @@ from typing import Annotated, Optional
 import typer
 
 from llamachat.cli.flags import (
+    Backend,
+    Dtype,
     Fraction,
+    KvCache,
     Number,
     Offline,
+    Quantize,
     Quiet,
     Revision,
     Text,
+    Threads,
     TokenFile,
     Verbose,
     option,
@@ -51,28 +56,16 @@ def chat(
         Number,
         option("--ctx-size", "-c", metavar="N", minimum=1, help="Context [default: the model's]."),
     ] = None,
-    threads: Annotated[
-        Number,
-        option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]"),
-    ] = None,
+    threads: Threads = None,
     device: Annotated[str, option("--device", metavar="NAME", help="auto, cpu.")] = "auto",
-    backend: Annotated[
-        str, option("--backend", metavar="NAME", help="auto, native, reference, bitsandbytes.")
-    ] = "auto",
-    dtype: Annotated[
-        str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")
-    ] = "auto",
-    quantize: Annotated[
-        str,
-        option("--quantize", metavar="FORM", help="auto, none, int8, int4, nf4, fp4, llm-int8."),
-    ] = "auto",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = "auto",
     lora: Annotated[
         Optional[list[str]],
         option("--lora", metavar="PATH[:SCALE]", help="Adapter to merge in; repeatable."),
     ] = None,
-    kv_cache: Annotated[
-        str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")
-    ] = "auto",
+    kv_cache: KvCache = "auto",
     template: Annotated[
         Text,
         option("--template", metavar="NAME", help="Built-in template; none: plain completion."),

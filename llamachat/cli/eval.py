@@ -5,7 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Optional
 
-from llamachat.cli.flags import Json, Name, Number, Quiet, Text, Verbose, option
+from llamachat.cli.flags import (
+    Backend,
+    Dtype,
+    Json,
+    KvCache,
+    Name,
+    Number,
+    Quantize,
+    Quiet,
+    Text,
+    Threads,
+    Verbose,
+    option,
+)
 
 # ruff: noqa: UP045  # Typer reads Optional on every Python that is supported
 
@@ -29,23 +42,11 @@ def evaluate(
         Optional[list[str]],
         option("--require", metavar="BOUND", help='Such as "kl<0.01", else exit 8; repeatable.'),
     ] = None,
-    quantize: Annotated[
-        str,
-        option("--quantize", metavar="NAME", help="auto, none, int8, int4, nf4, fp4, llm-int8."),
-    ] = "auto",
-    kv_cache: Annotated[
-        str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")
-    ] = "auto",
-    backend: Annotated[
-        str, option("--backend", metavar="NAME", help="auto, native, reference, bitsandbytes.")
-    ] = "auto",
-    dtype: Annotated[
-        str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")
-    ] = "auto",
-    threads: Annotated[
-        Number,
-        option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]"),
-    ] = None,
+    quantize: Quantize = "auto",
+    kv_cache: KvCache = "auto",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -31,3 +31,15 @@ TokenFile = Annotated[
     Optional[Path],  # noqa: UP045
     option("--hf-token-file", metavar="FILE", help="File that holds the Hub token."),
 ]
+# How a model is run.
+Threads = Annotated[
+    Number, option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]")
+]
+Backend = Annotated[
+    str, option("--backend", metavar="NAME", help="auto, native, reference, bitsandbytes.")
+]
+Dtype = Annotated[str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")]
+Quantize = Annotated[
+    str, option("--quantize", metavar="FORM", help="auto, none, int8, int4, nf4, fp4, llm-int8.")
+]
+KvCache = Annotated[str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Optional
 
-from llamachat.cli.flags import Name, Number, Offline, Quiet, Revision, TokenFile, option
+from llamachat.cli.flags import Name, Number, Offline, Quiet, Revision, Threads, TokenFile, option
 
 # ruff: noqa: UP045  # Typer evaluates annotations on Python 3.10, too
 
@@ -28,10 +28,7 @@ def quantize(
         Optional[Path],
         option("--output", "-o", metavar="DIR", help="Where to [default: the cache]."),
     ] = None,
-    threads: Annotated[
-        Number,
-        option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]"),
-    ] = None,
+    threads: Threads = None,
     force: Annotated[bool, option("--force", help="Do it again.")] = False,
     revision: Revision = None,
     offline: Offline = False,
