@@ -17,13 +17,13 @@ from llamachat.checkpoints import Checkpoint
 from llamachat.checkpoints.names import check_shapes, iter_weights, located
 from llamachat.checkpoints.overlay import EMBEDDING, HEAD, Overlay, as_floats
 from llamachat.checkpoints.safetensors import FolderCheckpoint
+from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import CheckFailedError, DamagedFileError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NewRows = Literal["mean", "zero"]
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOLERANCE = 0.05  # of a published sum: the publisher added in float32
 
 

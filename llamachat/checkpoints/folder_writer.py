@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 SHARD_BYTES = 1 << 30  # of one file, and in memory at a time
 
 
+def is_free(folder: Path) -> bool:
+    """Whether there is nothing at `folder`, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def require_free(folder: Path) -> None:
     """Refuse to replace anything.
 
     Raises:
         UsageError: there is something at `folder`.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not is_free(folder):
         raise UsageError(f"{folder} is there and is not empty", hint="name another with -o")
 
 

@@ -20,6 +20,7 @@ from llamachat.checkpoints import Checkpoint
 from llamachat.checkpoints.names import Shape, check_shapes, iter_weights, located, shown
 from llamachat.checkpoints.overlay import EMBEDDING, HEAD, Overlay, as_floats, changed_in
 from llamachat.checkpoints.safetensors import opened, read_json
+from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import DamagedFileError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ _PREFIX = "base_model.model."
 _PRODUCT = re.compile(r"(?P<weight>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _WHOLE = re.compile(r"(?P<weight>.+?)(\.modules_to_save(\.default)?|\.base_layer)?\.weight")
 _UNREAD = ".rotary_emb.inv_freq"
-_DTYPES = ("F32", "F16", "BF16")
 # Keys of the config that change nothing here, or that are followed. Any other one must be empty.
 _FOLLOWED = frozenset({
     "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
@@ -221,8 +221,8 @@ def _positive(config: Mapping[str, Any], key: str) -> float:
 def _shapes(headers: Mapping[str, tuple[Shape, str]]) -> dict[str, Shape]:
     """Of each tensor, all of them floats."""
     for name, (_, dtype) in headers.items():
-        if dtype not in _DTYPES:
-            raise DamagedFileError(f"{shown(name)}: type {dtype}, expected {', '.join(_DTYPES)}")
+        if dtype not in FLOATS:
+            raise DamagedFileError(f"{shown(name)}: type {dtype}, expected {', '.join(FLOATS)}")
     return {name: shape for name, (shape, _) in headers.items()}
 
 

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from llamachat.architecture import brief
 from llamachat.checkpoints.names import Shape, located, shown
+from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import DamagedFileError, TransferError
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class PickledTensor:
         """The values: where they are contiguous a view of the file, private to this process."""
         import torch
 
-        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        dtype = dtypes[self.dtype]
+        dtype = getattr(torch, FLOATS[self.dtype])
         n_values = _span(self.shape, self.strides)
         if not n_values:
             return torch.empty(self.shape, dtype=dtype)

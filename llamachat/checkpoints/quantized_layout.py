@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints.names import Shape, iter_weights, shown
+from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import DamagedFileError
 
 PARTS = ("codes", "scales", "mins", "codebook")
 ROPE_FREQS = "rope_freqs"
 
-_FLOATS = ("F32", "F16", "BF16")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
 Kept = tuple[str, Shape]  # type and shape of a tensor in the file
@@ -67,7 +67,7 @@ def layouts(stored: Mapping[str, Kept], config: ModelConfig) -> tuple[StoredWeig
 def _layout(stored: Mapping[str, Kept], name: str, shape: Shape) -> StoredWeight:
     found = {part: stored[key] for part in PARTS if (key := f"{name}.{part}") in stored}
     if name in stored:
-        dtype = stored[name][0] if stored[name][0] in _FLOATS else "F32"
+        dtype = stored[name][0] if stored[name][0] in FLOATS else "F32"
         expect(name, stored[name], (dtype, shape))
         for part in found:
             raise DamagedFileError(f"{name}.{part}: expected none beside {name}")

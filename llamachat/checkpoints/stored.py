@@ -14,7 +14,7 @@ from llamachat.errors import DamagedFileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' words: torch's
 
 
 class Stored(Protocol):
@@ -47,8 +47,8 @@ def check_floats(stored: Mapping[str, Stored], names: Iterable[str]) -> None:
         DamagedFileError: one of `names` has values of another type.
     """
     for name in names:
-        if (dtype := stored[name].dtype) not in _FLOATS:
-            raise DamagedFileError(f"{name}: type {dtype}, expected {', '.join(_FLOATS)}")
+        if (dtype := stored[name].dtype) not in FLOATS:
+            raise DamagedFileError(f"{name}: type {dtype}, expected {', '.join(FLOATS)}")
 
 
 def commonest_type(stored: Iterable[Stored]) -> str:

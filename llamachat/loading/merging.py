@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamachat.checkpoints import Checkpoint, open_checkpoint
-from llamachat.checkpoints.delta import FLOATS, DeltaCheckpoint, NewRows
+from llamachat.checkpoints.delta import DeltaCheckpoint, NewRows
 from llamachat.checkpoints.folder_writer import require_free, write_folder
 from llamachat.checkpoints.lora import AdaptedCheckpoint, adapter_named, is_adapter
 from llamachat.checkpoints.names import iter_weights
 from llamachat.checkpoints.overlay import Overlay
 from llamachat.checkpoints.safetensors import FolderCheckpoint, read_json
+from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import UsageError
 
 if TYPE_CHECKING:

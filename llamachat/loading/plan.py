@@ -10,6 +10,7 @@ from llamachat import hardware
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.checkpoints.names import iter_weights
 from llamachat.checkpoints.overlay import changed_in
+from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import UsageError, WillNotFitError
 from llamachat.kernels.backends import Backend
 from llamachat.library import quantized
@@ -19,7 +20,6 @@ from llamachat.quant.recipe import Recipe, recipe
 MEMORY_SHARE = 0.8  # of what is available: the rest is for activations and for other programs
 GIB = 2**30
 CACHE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}  # of a key's or value's element
-FLOAT_FORMS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 LEAST_CONTEXT = 512  # tokens that a form must leave room for
 SLOW_TO_QUANTIZE = 500_000_000  # weights: from here on people may want to keep what took so long
 
@@ -69,11 +69,11 @@ def make_plan(
         WillNotFitError: there is not memory enough.
     """
     form = checkpoint.form.lower()
-    if quantize == "auto" and dtype != "auto" and form in FLOAT_FORMS:
+    if quantize == "auto" and dtype != "auto" and checkpoint.form in FLOATS:
         quantize = "none"  # a type was named for weights that are floats
     if dtype == "auto":
         is_native = backend.name == "native"
-        dtype = FLOAT_FORMS.get(form, "bfloat16") if is_native else hardware.fast_dtype()
+        dtype = FLOATS.get(checkpoint.form, "bfloat16") if is_native else hardware.fast_dtype()
     plan = Plan(checkpoint, backend, "none", None, dtype, kv_cache, 0, ctx_size or 0)
     plan = _in_form(plan, quantize, notice)
     if backend.name == "bitsandbytes" and form != "int8" and plan.quantize not in BITSANDBYTES:
@@ -90,7 +90,7 @@ def make_plan(
 def _in_form(plan: Plan, asked: str, notice: Notice) -> Plan:
     """The plan with the form that was asked for, or the one to take."""
     own = plan.checkpoint.form.lower()
-    is_float = own in FLOAT_FORMS
+    is_float = plan.checkpoint.form in FLOATS
     if asked == "auto" and not is_float and plan.backend.name != "reference":
         asked = own
     if asked == own and not is_float:
@@ -145,7 +145,7 @@ def _kept(plan: Plan, notice: Notice) -> Plan:
     is_adapted = bool(changed_in(plan.checkpoint))
     if not is_adapted and (folder := quantized.locate(plan.checkpoint, plan.recipe.key)):
         return replace(plan, checkpoint=open_checkpoint(folder), recipe=None)
-    if plan.checkpoint.form.lower() not in FLOAT_FORMS:
+    if plan.checkpoint.form not in FLOATS:
         notice(
             f"the weights are {plan.checkpoint.form} already: {plan.quantize} adds its own error "
             "to theirs"

@@ -18,19 +18,20 @@ from torch import Tensor
 
 from llamachat import hardware, settings
 from llamachat.checkpoints import Checkpoint, open_checkpoint
+from llamachat.checkpoints.folder_writer import is_free
 from llamachat.checkpoints.names import iter_weights
 from llamachat.checkpoints.quantized import QuantizedCheckpoint, is_quantized, sha256_of
 from llamachat.checkpoints.quantized_writer import QuantizedWriter, partial_of, weight_files
+from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import DamagedFileError, TransferError, UsageError
 from llamachat.kernels.backends import choose, make
 from llamachat.library import Notice
 from llamachat.library.quantized import folder_for, identity, is_cached, locked
 from llamachat.library.store import Located
-from llamachat.quant.form import BITSANDBYTES, FORM_NAMES, GROUP_SIZES, Form, FormName
+from llamachat.quant.form import BITSANDBYTES, FORM_NAMES, GROUP_SIZES, FormName
 from llamachat.quant.recipe import VERSION, Quantizer, Recipe, recipe
 from llamachat.quant.tensor import QTensor
 
-_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MB = 1e6
 _BLOCK_VALUES = 1 << 20  # compared at a time: the sum is the same for any number of threads
 
@@ -111,7 +112,7 @@ def quantize(
             return folder
         _require_free(folder, force=force)
         job.require_space(folder)
-        if source.form not in _FLOAT_BYTES:
+        if source.form not in FLOATS:
             notice(
                 f"{name} is {source.form}: what that lost stays lost, and {job.recipe.name} loses "
                 "more; better quantize the original floats"
@@ -188,10 +189,10 @@ class _Job:
         Raises:
             TransferError: it is not enough.
         """
-        needed = 0
+        needed, floats = 0, getattr(torch, FLOATS.get(self.source.form, "float32")).itemsize * 8
         for weight in iter_weights(self.source.config):
             form = self.recipe.forms.get(weight.hf)
-            bits = _bits(form) if form else _FLOAT_BYTES.get(self.source.form, 4) * 8
+            bits = form.bits_per_weight if form else floats
             needed += int(math.prod(weight.shape) * bits / 8)
         partial = partial_of(folder)
         there = sum(file.stat().st_size for file in partial.glob("*")) if partial.is_dir() else 0
@@ -246,14 +247,9 @@ class _Job:
             )
 
 
-def _bits(form: Form) -> float:
-    """Of a value, about: bitsandbytes has float32 scales of 64 values or more."""
-    return form.bits + 32 / 64 if form.name in BITSANDBYTES else form.bits_per_weight
-
-
 def _require_free(folder: Path, *, force: bool) -> None:
     """Refuse to replace what was not made here."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_free(folder):
         return
     if not (is_quantized(folder) or is_cached(folder)):
         raise UsageError(f"{folder} is there and is not empty", hint="name another with -o")

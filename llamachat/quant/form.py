@@ -41,7 +41,5 @@ class Form:
 
     @property
     def bits_per_weight(self) -> float:
-        """With scales, which are float16, but float32 in blocks of 64 for nf4 and fp4."""
-        if self.name in BITSANDBYTES:
-            return 8.0 if self.bits == 8 else 4.5
-        return self.bits + 16 / self.group_size
+        """With scales: float16, or of bitsandbytes at most float32 of 64 values."""
+        return self.bits + (32 / 64 if self.name in BITSANDBYTES else 16 / self.group_size)
