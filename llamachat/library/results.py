@@ -9,7 +9,6 @@ from typing import Any
 
 from llamachat import settings
 from llamachat.checkpoints import open_checkpoint
-from llamachat.checkpoints.quantized import is_quantized
 from llamachat.errors import LlamachatError
 from llamachat.library import Notice
 from llamachat.library.quantized import identity
@@ -54,6 +53,8 @@ def _home(model: Path) -> Path:
 
     A file that was changed since is another model.
     """
+    from llamachat.checkpoints.quantized import is_quantized  # numpy, which `list` does without
+
     if is_quantized(model):
         return model / NAME
     key = identity(open_checkpoint(model))
