@@ -31,6 +31,7 @@ class Form:
     bits: Literal[4, 8]
     has_min: bool = False
     codebook: tuple[float, ...] | None = None
+    shift: int = 0
 
 
 FORMS = {
@@ -38,6 +39,7 @@ FORMS = {
     "4 bits with minimum": Form(4, has_min=True),
     "IQ4_NL": Form(4, codebook=_IQ4_NL),
     "NF4": Form(4, codebook=_NF4),
+    "shifted": Form(4, codebook=_IQ4_NL, shift=3),
     "8 bits": Form(8),
     "8 bits with minimum": Form(8, has_min=True),
 }
@@ -52,8 +54,12 @@ def random_qtensor(
     largest: float = 1.0,
     dtype: torch.dtype = torch.float16,
 ) -> QTensor:
-    """Codes without a pattern; magnitudes of about `largest` and, by groups, down to a quarter."""
+    """Codes without a pattern; magnitudes of about `largest` and, by groups, down to a quarter.
+
+    Scales are of `dtype` in all forms but the shifted one, of which float16 is a part.
+    """
     kind, (out, columns) = FORMS[form], shape
+    dtype = torch.float16 if kind.shift else dtype
     generator = torch.Generator().manual_seed(seed)
     signed = kind.bits == 8 and not kind.has_min
     low, high = (-128, 128) if signed else (0, 256)
@@ -68,7 +74,8 @@ def random_qtensor(
         bits=kind.bits,
         group_size=group_size,
         mins=(sizes[1] * -largest).to(dtype) if kind.has_min else None,
-        codebook=torch.tensor(kind.codebook) if kind.codebook else None,
+        codebook=torch.tensor(kind.codebook).float() if kind.codebook else None,
+        shifts=(torch.arange(-8, 8) * kind.shift).float() if kind.shift else None,
     )
 
 
@@ -84,6 +91,10 @@ def magnitude(weight: Tensor | QTensor) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.double().abs()
     values = weight.dequantize(torch.float64)
+    if weight.shifts is not None:  # a minimum, which is computed and rounded
+        level = weight.codebook.abs().max() + weight.shifts.abs().max()
+        scales = weight.scales.double().abs().repeat_interleave(weight.group_size, dim=1)
+        return scales * level.double()
     if weight.mins is None:
         return values.abs()
     mins = weight.mins.double().repeat_interleave(weight.group_size, dim=1)

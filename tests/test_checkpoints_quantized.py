@@ -23,6 +23,7 @@ from torch import Tensor
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.checkpoints.names import iter_weights
 from llamachat.checkpoints.quantized import QuantizedCheckpoint, is_quantized
+from llamachat.checkpoints.quantized_layout import PARTS
 from llamachat.checkpoints.quantized_writer import JOURNAL, QuantizedWriter, partial_of
 from llamachat.errors import DamagedFileError, LlamachatError, UsageError
 from llamachat.quant.tensor import QTensor
@@ -85,7 +86,7 @@ def same(one: Tensor | QTensor, other: Tensor | QTensor) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         floats = isinstance(one, Tensor) and isinstance(other, Tensor)
         return floats and one.dtype == other.dtype and torch.equal(one, other)
-    parts = [(getattr(one, it), getattr(other, it)) for it in ("scales", "mins", "codebook")]
+    parts = [(getattr(one, it), getattr(other, it)) for it in PARTS[1:]]
     optional = all(a is b if a is None or b is None else same(a, b) for a, b in parts)
     sizes = (one.bits, one.group_size) == (other.bits, other.group_size)
     return optional and sizes and same(one.codes, other.codes)
@@ -140,7 +141,7 @@ def test_it_says_what_it_is(written: Path, weights: Weights) -> None:
     for stored in found.weights:
         weight = weights[stored.name]
         if isinstance(weight, QTensor):
-            parts = (weight.codes, weight.scales, weight.mins, weight.codebook)
+            parts = (weight.codes, weight.scales, weight.mins, weight.codebook, weight.shifts)
             assert stored.n_bytes == sum(it.nbytes for it in parts if it is not None)
             assert (stored.bits, stored.group_size) == (weight.bits, weight.group_size)
 

@@ -35,6 +35,17 @@ def test_codes_stand_for_values(form: str) -> None:
     assert QTensor(scales=SCALES, group_size=2, **parts).dequantize().tolist() == [expected]
 
 
+def test_the_last_four_bits_of_a_scale_say_what_its_levels_are_shifted_by() -> None:
+    scales = torch.tensor([[0x3C00 | 10, 0xC000 | 7]], dtype=torch.int32).to(torch.int16)
+    shifts = torch.arange(-8, 8) * 100.0
+    matrix = QTensor(
+        NIBBLES, scales.view(torch.float16), 4, group_size=2, codebook=BOOK, shifts=shifts
+    )
+    first, second = 1 + 10 * 2**-10, -2 * (1 + 7 * 2**-10)
+    expected = [first * 201, first * 204, second * (64 - 100), second * (225 - 100)]
+    assert matrix.dequantize(torch.float64).tolist() == [expected]
+
+
 def test_half_precision_scales_multiply_in_float32() -> None:
     """0.1 in half precision, times 127, has more digits than half precision holds."""
     scale = torch.tensor([[0.1]], dtype=torch.float16)

@@ -11,7 +11,7 @@ from llamachat.checkpoints.names import Shape, iter_weights, shown
 from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import DamagedFileError
 
-PARTS = ("codes", "scales", "mins", "codebook")
+PARTS = ("codes", "scales", "mins", "codebook", "shifts")
 ROPE_FREQS = "rope_freqs"
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
@@ -85,9 +85,12 @@ def _layout(stored: Mapping[str, Kept], name: str, shape: Shape) -> StoredWeight
         "scales": scales,
         "mins": scales,
         "codebook": ("F32", (16,)),
+        "shifts": ("F32", (16,)),
     }
     if bits == 8 and "codebook" in found:
         raise DamagedFileError(f"{name}.codebook: expected none beside codes of 8 bits")
+    if "shifts" in found and ("codebook" not in found or "mins" in found or scales[0] != "F16"):
+        raise DamagedFileError(f"{name}.shifts: expected none but of a codebook and F16 scales")
     for part, kept in found.items():
         expect(f"{name}.{part}", kept, expected[part])
     n_bytes = sum(map(_n_bytes, found.values()))

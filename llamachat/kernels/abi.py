@@ -36,6 +36,7 @@ class Panels(Structure):
         ("form", c_int32),
         ("group", c_int32),
         ("has_book", c_int32),
+        ("shift", c_int32),
         ("unit", c_float),
         ("book", c_int8 * 16),
     )
@@ -161,6 +162,7 @@ class Quantize(Structure):
         ("cols", c_int64),
         ("group", c_int32),
         ("has_book", c_int32),
+        ("shift", c_int32),
         ("book", c_int8 * 16),
     )
 

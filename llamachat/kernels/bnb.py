@@ -201,7 +201,7 @@ class BitsAndBytes(Reference):
         return out if weight.bias is None else out + weight.bias
 
     def _module(self, part: Tensor | QTensor) -> nn.Module | None:
-        if not isinstance(part, QTensor) or part.mins is not None:
+        if not isinstance(part, QTensor) or part.mins is not None or part.factor != 1:
             return None
         return self._module_of_8_bits(part) if part.bits == 8 else self._module_of_4_bits(part)
 

@@ -20,7 +20,8 @@ from llamachat.kernels import Angles, Batch, CacheShape, Norm, abi, panels
 from llamachat.kernels.abi import instruction_sets
 from llamachat.kernels.memory import Arena, huge
 from llamachat.kernels.program import Call, Program
-from llamachat.quant.form import BITSANDBYTES, CODEBOOK, Form
+from llamachat.quant.form import BITSANDBYTES, CODEBOOK, SHIFT, Form
+from llamachat.quant.quantize import of_codes
 from llamachat.quant.tensor import QTensor
 
 __all__ = ["Cache", "Native", "Weight", "instruction_sets"]
@@ -130,7 +131,7 @@ class Native:
             if has_book
             else torch.empty((out, columns), dtype=torch.int8)
         )
-        scales = torch.empty((out, columns // form.group_size))
+        scales = torch.empty((out, columns // form.group_size), dtype=torch.float16)
         args = abi.Quantize(
             x=weight.data_ptr(),
             codes=codes.data_ptr(),
@@ -139,11 +140,11 @@ class Native:
             cols=columns,
             group=form.group_size,
             has_book=has_book,
+            shift=SHIFT,
             book=(ctypes.c_int8 * 16)(*CODEBOOK),
         )
         self._lib.lc_quantize(self._pool, args)
-        codebook = torch.tensor(CODEBOOK, dtype=torch.float32) if has_book else None
-        return QTensor(codes, scales.half(), 4 if has_book else 8, form.group_size, None, codebook)
+        return of_codes(codes, scales, form)
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Cache:
         """Memory that the system gives chunk by chunk as a context grows."""

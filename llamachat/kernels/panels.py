@@ -55,9 +55,10 @@ def pack(part: Tensor | QTensor, memory: Memory) -> Panels:
 
     Scales that are not float16 are rounded to it, relative to a power of two that is common to
     all; a codebook is rounded to 8 bits. A group that is no multiple of 32 columns is divided into
-    groups of 16; where even that is not possible, values are kept as float32.
+    groups of 16. Where even that is not possible, or where no form has such levels, values are kept
+    as float32.
     """
-    if isinstance(part, QTensor) and not _divides(part):
+    if isinstance(part, QTensor) and not (_divides(part) and _has_levels(part)):
         part = part.dequantize()
     if not isinstance(part, QTensor):
         return _floats(part, memory)
@@ -75,8 +76,9 @@ def pack(part: Tensor | QTensor, memory: Memory) -> Panels:
         _kept(_by_panel(scales, unit, group, cols), memory),
         None if mins is None else _kept(_by_panel(mins, unit, group, cols), memory),
         group=group,
-        unit=unit,
+        unit=unit * part.factor,
         book=book,
+        shift=_step(part.shifts),
     )
     memory.fill(part.codes.contiguous(), panels.struct)
     return panels
@@ -92,6 +94,7 @@ def _panels(
     group: int = 0,
     unit: float = 1.0,
     book: list[int] | None = None,
+    shift: int = 0,
 ) -> Panels:
     struct = abi.Panels(
         codes=codes.data_ptr(),
@@ -102,6 +105,7 @@ def _panels(
         form=abi.FORMS[form],
         group=group,
         has_book=book is not None,
+        shift=shift,
         unit=unit,
     )
     if book is not None:
@@ -121,6 +125,19 @@ def _floats(values: Tensor, memory: Memory) -> Panels:
 
 def _divides(part: QTensor) -> bool:
     return part.group_size % 16 == 0 or part.scales.shape[1] == 1
+
+
+def _has_levels(part: QTensor) -> bool:
+    """A codebook and minima do not go together; shifts are whole steps, as the codebook is."""
+    if part.shifts is None:
+        return part.codebook is None or part.mins is None
+    steps = torch.arange(-8, 8) * _step(part.shifts)
+    return torch.equal(part.shifts, steps.float()) and _book(part.codebook)[1] == 1
+
+
+def _step(shifts: Tensor | None) -> int:
+    """From one shift to the next; 0 for none."""
+    return 0 if shifts is None else int(shifts[9].clamp(0, 127))
 
 
 def _regrouped(part: QTensor) -> tuple[int, Tensor, Tensor | None]:

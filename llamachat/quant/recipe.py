@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from llamachat.quant.tensor import QTensor
 
-VERSION = 1  # of what recipes say: raised when the same name begins to mean something else
+VERSION = 2  # of what recipes say: raised when the same name begins to mean something else
 EXTRA_BITS = 0.4  # a weight, that int4 spends beyond its own (4.9 in all in groups of 32)
 LEAST_EXTRA_BITS = 0.09  # that it spends beside the head, however much of a model that is
 

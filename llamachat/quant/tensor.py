@@ -13,9 +13,10 @@ from torch import Tensor
 class QTensor:
     """An (O, I) matrix of 4- or 8-bit codes in groups of `group_size` along I.
 
-    value = scale * v (+ min), where v is
+    value = factor * (scale * v (+ min)), where v is
 
-    - `codebook[code]` with a codebook,
+    - `codebook[code]` with a codebook; with `shifts`, too, that plus `shifts[n]`: n is the number
+      in the four lowest bits of the group's float16 scale,
     - the signed code at 8 bits without minimum, the unsigned code (0..255) with one,
     - `code - 8` at 4 bits without minimum, `code` (0..15) with one.
 
@@ -25,6 +26,8 @@ class QTensor:
         scales: (O, G) float16 or float32, as the source has them; G = I / group_size.
         mins: (O, G) like `scales`, or None.
         codebook: (16,) float32, or None.
+        shifts: (16,) float32, or None; only with a codebook and without `mins`.
+        factor: of all values.
     """
 
     codes: Tensor
@@ -33,6 +36,8 @@ class QTensor:
     group_size: int
     mins: Tensor | None = None
     codebook: Tensor | None = None
+    shifts: Tensor | None = None
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         out, groups = self.scales.shape
@@ -40,6 +45,11 @@ class QTensor:
         assert self.codes.shape == (out, groups * self.group_size // per_byte)
         assert self.mins is None or self.mins.shape == self.scales.shape
         assert self.codebook is None or self.codebook.shape == (16,)
+        if self.shifts is not None:
+            assert self.shifts.shape == (16,)
+            assert self.scales.dtype == torch.float16
+            assert self.codebook is not None
+            assert self.mins is None
         signed = self.bits == 8 and self.mins is None
         assert self.codes.dtype == (torch.int8 if signed else torch.uint8)
 
@@ -55,21 +65,24 @@ class QTensor:
         return replace(self, codes=self.codes[index], scales=self.scales[index], mins=mins)
 
     def __mul__(self, factor: float) -> QTensor:
-        """The matrix times a number, in float32 scales: the codes stay."""
-        mins = None if self.mins is None else self.mins.float() * factor
-        return replace(self, scales=self.scales.float() * factor, mins=mins)
+        """The matrix times a number."""
+        return replace(self, factor=self.factor * factor)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (O, I) matrix; products and sums are rounded once each, to `dtype`.
+
+        Levels of a codebook, shifted or not, are taken as float32 has them.
 
         `dtype` is float32 or float64.
         """
         out, groups = self.scales.shape
         values = self._values().view(out, groups, self.group_size)  # (O, I) -> (O, G, group)
+        if self.shifts is not None:
+            values = values + self.shifts[self.scales.view(torch.int16).long() & 15].unsqueeze(-1)
         values = values.to(dtype) * self.scales.to(dtype).unsqueeze(-1)
         if self.mins is not None:
             values += self.mins.to(dtype).unsqueeze(-1)
-        return values.view(self.shape)
+        return (values if self.factor == 1 else values * self.factor).view(self.shape)
 
     def _values(self) -> Tensor:
         if self.bits == 8:

@@ -58,13 +58,15 @@ struct Kind {
     Form form;
     int bits, exponent_bits = 0;
     bool has_min = false, has_book = false;
+    int shift = 0;
     bool is_float() const { return exponent_bits > 0; }
 };
 
 const Kind kPlain4{"q4", kQ4, 4}, kMin4{"q4, min", kQ4, 4, 0, true}, kPlain8{"q8", kQ8, 8},
     kBook4{"q4, book", kQ4, 4, 0, false, true}, kMin8{"q8, min", kQ8, 8, 0, true},
+    kShift4{"q4, shifted book", kQ4, 4, 0, false, true, 4},
     kFloat32{"f32", kF32, 32, 8}, kFloat16{"f16", kF16, 16, 5}, kBfloat16{"bf16", kBF16, 16, 8};
-const Kind kKinds[] = {kPlain4, kMin4, kBook4, kPlain8, kMin8, kFloat32, kFloat16, kBfloat16};
+const Kind kKinds[] = {kPlain4, kMin4, kBook4, kShift4, kPlain8, kMin8, kFloat32, kFloat16, kBfloat16};
 
 // Puts a float of that kind somewhere and returns it: below 1/64; a half may be subnormal.
 double put_random(void* to, const Kind& kind) {
@@ -136,6 +138,7 @@ struct Part : Spec {
         panels.mins = kind.has_min ? min_bits.data() : nullptr;
         panels.group = static_cast<int32_t>(group);
         panels.has_book = kind.has_book;
+        panels.shift = kind.shift;
         const float unit = panels.unit = std::ldexp(1.0f, integer(-2, 0));
         std::copy(std::begin(kBook), std::end(kBook), panels.book);
         for (int64_t r = 0; r < rows; ++r)
@@ -144,8 +147,9 @@ struct Part : Spec {
                 const int64_t at = (r / 16 * n_groups + g) * 16 + r % 16;
                 const double scale = zero ? 0 : unit * put_random(&scale_bits[at], kFloat16);
                 const double min = zero || !kind.has_min ? 0 : unit * put_random(&min_bits[at], kFloat16);
+                const double shift = scale * kind.shift * ((scale_bits[at] & 15) - 8);
                 for (int64_t k = g * group; k < std::min((g + 1) * group, cols); ++k)
-                    values[r * cols + k] *= scale, mins[r * cols + k] = min;
+                    values[r * cols + k] *= scale, mins[r * cols + k] = min + shift;
             }
     }
 };

@@ -24,14 +24,15 @@ enum Mode : int32_t { kStore, kAdd, kSwiGLU };                // what becomes of
 //   kQ8: 8 lines; line j has columns 4 j + i, signed
 //   floats: no blocks; 16 values, one of each row, for each column
 // value = unit * (scale * v + min), where v is book[code] of kQ4 with `has_book`, else code - 8 of
-// kQ4, or code of kQ4 with minimum; code of kQ8, or code + 128 of kQ8 with minimum.
+// kQ4, or code of kQ4 with minimum; code of kQ8, or code + 128 of kQ8 with minimum. With a shift,
+// v is book[code] + shift * (n - 8): n is the four lowest bits of the group's scale.
 struct Panels {
     uint8_t* codes;          // (O / 16, blocks, lines, 64); floats (O / 16, I, 16)
     const uint16_t* scales;  // (O / 16, groups, 16) float16; null for floats
     const uint16_t* mins;    // like scales, or null
     int64_t rows, cols;      // O, I without padding
     int32_t form, group;     // columns that share a scale: 16 (2 * blocks groups), or a multiple of 32
-    int32_t has_book;
+    int32_t has_book, shift; // shift: 0 for none; only with a book, and without mins
     float unit;              // a power of two
     int8_t book[16];
 };
@@ -105,14 +106,14 @@ struct Linear {
 };
 
 // Floats to codes and scales, as QTensor has them. Codes of 4 bits are indices of `book`, the even
-// column low; others are integers of up to 127.
+// column low, and their levels are shifted as in Panels; others are integers of up to 127.
 struct Quantize {
     const float* x;   // (O, I), finite
     uint8_t* codes;   // (O, I), or (O, I / 2) with `has_book`
-    float* scales;    // (O, I / group), each a float16
+    uint16_t* scales; // (O, I / group) float16
     int64_t rows, cols;
-    int32_t group, has_book;  // group: a multiple of 16, at most 256, that divides I
-    int8_t book[16];          // ascending
+    int32_t group, has_book, shift;  // group: a multiple of 16, at most 256, that divides I
+    int8_t book[16];                 // ascending
 };
 
 enum OpKind : int64_t { kAngles, kEmbed, kGather, kAttention, kLinear };

@@ -35,7 +35,8 @@ void embed_row(const Panels& part, int64_t row, float* out) {
     }
     for (int64_t group = 0; group * part.group < part.cols; ++group) {
         const float scale = scale_of<V>(panel.scales, group, lane);
-        const float min = part.mins ? scale_of<V>(panel.mins, group, lane) : 0.0f;
+        const float min = part.mins ? scale_of<V>(panel.mins, group, lane)
+                                    : scale * shift_of(panel.scales[group * kRows + lane], part.shift);
         const int64_t end = smaller((group + 1) * part.group, part.cols);
         for (int64_t k = group * part.group; k < end; ++k)
             out[k] = part.unit * (scale * code_of(part, panel.codes, lane, k) + min);

@@ -100,6 +100,7 @@ inline __attribute__((always_inline)) typename V::A start_of(int32_t minus_sum) 
 template <class V, Multipliers kKind, bool kMin, bool kHalves, int N>
 void tile(const TileArgs& args) {
     using F = typename V::F;
+    constexpr bool kShifts = kKind == kBook && kMin;  // which make a minimum of the scale
     constexpr int kLines = kKind == kSigned ? 8 : 4;
     constexpr int kParts = kHalves ? 2 : 1;
     const int64_t blocks = blocks_of(args.part->cols), per_scale = args.part->group / kBlock;
@@ -113,8 +114,10 @@ void tile(const TileArgs& args) {
     const uint16_t* mins[2] = {args.panels[0].mins, args.panels[1].mins};
     const auto next_group = [&](int r) {
         scales[r] += kRows;
-        if constexpr (kMin) mins[r] += kRows;
+        if constexpr (kMin && !kShifts) mins[r] += kRows;
     };
+    [[maybe_unused]] const F shift = V::set(static_cast<float>(args.part->shift));
+    [[maybe_unused]] const F no_shift = V::set(static_cast<float>(-kNoShift * args.part->shift));
     int64_t left = per_scale;
     for (int64_t b = 0; b < blocks; ++b) {
         const Acts block{const_cast<uint8_t*>(args.acts) + b * kActBytes * N, N};
@@ -140,7 +143,9 @@ void tile(const TileArgs& args) {
                 for (int t = 0; t < N; ++t)
                     acc[r][t] = V::fma(V::to_float(sums[r][t]), V::mul(scale, V::set(block.d(t))), acc[r][t]);
                 if constexpr (kMin) {
-                    const F min = V::load_f16(mins[r]);
+                    F min;
+                    if constexpr (kShifts) min = V::mul(scale, V::fma(V::low_bits(scales[r]), shift, no_shift));
+                    else min = V::load_f16(mins[r]);
 #pragma GCC unroll 8
                     for (int t = 0; t < N; ++t) {
                         float d_sum = block.d_sum(t);
@@ -200,6 +205,7 @@ TileFunction tile_function_of(const Panels& part) {
             return halves ? tile<V, kSigned, false, true, N> : tile<V, kSigned, false, false, N>;
         default: break;
     }
+    if (part.shift) return halves ? tile<V, kBook, true, true, N> : tile<V, kBook, true, false, N>;
     if (part.has_book) return halves ? tile<V, kBook, false, true, N> : tile<V, kBook, false, false, N>;
     if (part.mins) return halves ? tile<V, kNibbles, true, true, N> : tile<V, kNibbles, true, false, N>;
     return halves ? tile<V, kNibbles, false, true, N> : tile<V, kNibbles, false, false, N>;

@@ -176,7 +176,7 @@ class Matmul {
     void multiply_gated(int64_t panel) {
         const Panels &gate = weight_.parts[0], &up = weight_.parts[1];
         const bool alike = gate.form == up.form && gate.group == up.group && gate.unit == up.unit &&
-                           !gate.mins == !up.mins && gate.has_book == up.has_book &&
+                           !gate.mins == !up.mins && gate.has_book == up.has_book && gate.shift == up.shift &&
                            std::memcmp(gate.book, up.book, sizeof gate.book) == 0;
         float out[2 * kTile * kRows], twice[2 * kTile * kRows];
         for (int64_t tile = 0; tile < n_tiles(); ++tile) {

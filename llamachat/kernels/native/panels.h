@@ -30,3 +30,9 @@ inline Panel panel_of(const Panels& part, int64_t index) {
     const int64_t at = part.scales ? index * groups_of(part) * kRows : 0;
     return {part.codes + index * panel_bytes(part), part.scales + at, part.mins ? part.mins + at : nullptr};
 }
+
+// Of a group whose float16 scale has these bits: what its levels are shifted by.
+constexpr int kShiftBits = 4, kNoShift = 1 << (kShiftBits - 1);
+inline float shift_of(uint16_t scale, int32_t shift) {
+    return static_cast<float>(shift * ((scale & ((1 << kShiftBits) - 1)) - kNoShift));
+}

@@ -7,6 +7,7 @@
 //
 // `dot(sum, w, x)` adds to each lane r: w[4 r + i] * x[i], i = 0..3. With unsigned multipliers
 // (VNNI) signed bytes are biased by `kBias` and the sum starts at -kBias times the sum of x.
+// `low_bits` are the lowest four of 16 words, as floats.
 // `kTile` tokens are multiplied with two panels at a time: their sums fit the registers.
 // Reductions (`sum`, `largest`) combine halves: lane i with lane i + 8, then + 4, + 2, + 1.
 

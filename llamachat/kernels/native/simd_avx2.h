@@ -74,6 +74,11 @@ struct Avx2 {
     static F load_f16(const uint16_t* p) {
         return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(p + 8))};
     }
+    static F low_bits(const uint16_t* p) {
+        const __m256i mask = _mm256_set1_epi32(15);
+        return to_float({_mm256_and_si256(_mm256_cvtepu16_epi32(load128(p)), mask),
+                         _mm256_and_si256(_mm256_cvtepu16_epi32(load128(p + 8)), mask)});
+    }
     static F load_bf16(const uint16_t* p) { return {widened(load128(p)), widened(load128(p + 8))}; }
     // Nearest, ties to even.
     static void store_bf16(uint16_t* p, F x) {

@@ -47,6 +47,10 @@ struct Avx512 {
     static F load_f16(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static F low_bits(const uint16_t* p) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_cvtepu16_epi32(words), _mm512_set1_epi32(15)));
+    }
     static F load_bf16(const uint16_t* p) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

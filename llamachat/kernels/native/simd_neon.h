@@ -85,6 +85,11 @@ struct Neon {
     static F load_f16(const uint16_t* p) {
         return each(quarters(p), [](auto q) { return vcvt_f32_f16(vreinterpret_f16_u16(q)); });
     }
+    static F low_bits(const uint16_t* p) {
+        return each(quarters(p), [](auto q) {
+            return vcvtq_f32_u32(vmovl_u16(vand_u16(q, vdup_n_u16(15))));
+        });
+    }
     static F load_bf16(const uint16_t* p) {
         return each(quarters(p), [](auto q) { return vreinterpretq_f32_u32(vshll_n_u16(q, 16)); });
     }

@@ -85,6 +85,9 @@ struct Scalar {
     static F load_f16(const uint16_t* p) {
         return each([=](int i) { return from_f16(p[i]); });
     }
+    static F low_bits(const uint16_t* p) {
+        return each([=](int i) { return static_cast<float>(p[i] & 15); });
+    }
     static F load_bf16(const uint16_t* p) {
         return each([=](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); });
     }
