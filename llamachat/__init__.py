@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llamachat.chat.session import ChatSession
+    from llamachat.engine.beam import Beam
     from llamachat.engine.decoding import Start
     from llamachat.engine.strategies import Greedy, Sample
     from llamachat.loading import Model, load
 
 _HOMES = {
+    "Beam": "llamachat.engine.beam",
     "ChatSession": "llamachat.chat.session",
     "Greedy": "llamachat.engine.strategies",
     "Model": "llamachat.loading",
@@ -27,7 +29,7 @@ _HOMES = {
     "load": "llamachat.loading",
 }
 
-__all__ = ["ChatSession", "Greedy", "Model", "Sample", "Start", "__version__", "load"]
+__all__ = ["Beam", "ChatSession", "Greedy", "Model", "Sample", "Start", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -82,6 +82,11 @@ def terminal_is_dumb() -> bool:
     return os.environ.get("TERM", "").lower() in ("dumb", "unknown")
 
 
+def forbids_colors() -> bool:
+    """Whether `NO_COLOR` is set (https://no-color.org): bold and underlined text stays."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
 def is_offline() -> bool:
     """Whether `HF_HUB_OFFLINE` forbids the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

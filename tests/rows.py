@@ -23,18 +23,16 @@ class Rows:
 
     def run(self, tokens: Sequence[tuple[int, int]]) -> Tensor:
         """(row, id) pairs, in any order of rows: logits (T, V) of all."""
-        new = self.slots.next_slots(len(tokens))
-        positions = []
-        for (row, token), slot in zip(tokens, new, strict=True):
-            positions.append(len(self.slots.rows[row].ids))
-            self.slots.append(row, [token], [slot])
         rows, ids = zip(*tokens, strict=True)
+        positions, new = self.slots.reserve(rows)
         position = torch.tensor(positions, dtype=torch.int32)
         batch = Batch(
             *(torch.tensor(x, dtype=torch.int32) for x in (ids, rows, new)),
             position + 1, position, self.slots.table, torch.arange(len(tokens), dtype=torch.int32),
         )  # fmt: skip
-        return self.decoder(batch, self.cache)
+        logits = self.decoder(batch, self.cache)
+        self.slots.append(rows, ids)
+        return logits
 
     def run_text(self, ids: Sequence[int], chunk: int = 64) -> Tensor:
         """Ids of row 0, so many a pass: logits (T, V)."""

@@ -5,12 +5,14 @@ Run as a program it is `llamachat` itself, but for the model: it starts without 
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,19 @@ from llamachat.__main__ import main
 from llamachat.chat.options import Options
 from llamachat.chat.session import ChatSession
 from llamachat.chat.templates import JinjaTemplate
-from llamachat.engine.events import Done, EngineEvent, Prefill, Token
+from llamachat.engine.beam import Beam
+from llamachat.engine.decoding import Tail
+from llamachat.engine.events import (
+    Done,
+    EngineEvent,
+    Prefill,
+    Probabilities,
+    Probability,
+    Speculation,
+    Tails,
+    Token,
+)
+from llamachat.engine.strategies import Sample
 from llamachat.errors import PromptTooLongError
 from llamachat.terminal import opening
 from llamachat.terminal.opening import Opened, Run
@@ -80,6 +94,19 @@ def reply_to(turns: list[tuple[str, str]]) -> str:
     return replies.get(questions[-1], questions[-1])
 
 
+SHARES = dict(zip(b"0123\xe6", (0.01, 0.1, 0.3, 0.6, 0.01), strict=True))  # E6 begins 漢
+
+
+def probabilities(token: int) -> Probabilities:
+    """The token, half likely, and sure once its one rival was removed.
+
+    The rival is the end, or of what is less likely its neighbour: of 0 it is 1, of 2 it is 3.
+    """
+    share, rival = SHARES.get(token, 0.5), token ^ 1 if token in SHARES else END
+    chosen = Probability(token, math.log(share), 0.0)
+    return Probabilities(chosen, (chosen, Probability(rival, math.log(1 - share), -math.inf)))
+
+
 @dataclass
 class ScriptedEngine:
     """Ids in, ids of `reply_to` out."""
@@ -95,14 +122,53 @@ class ScriptedEngine:
         max_new_tokens: int | None = None,
         stop_ids: frozenset[int] | None = None,
         ends: Callable[[Sequence[int]], bool] | None = None,
+        logprobs: int = 0,
+        draft: int = 0,
+        stop_loops: int = 0,
         turn: int = 0,
         attempt: int = 0,
-    ) -> Iterator[EngineEvent]:
+        continued: int = 0,
+    ) -> Generator[EngineEvent, None, None]:
         if len(ids) > self.ctx_size:
             raise PromptTooLongError(f"the prompt has {len(ids)} tokens, not {self.ctx_size}")
-        return self._generate(ids, max_new_tokens or self.ctx_size, attempt)
+        begun = len(ids) - continued
+        bounds = slice(continued, continued + (max_new_tokens or self.ctx_size))
+        drafted = Speculation(3, 2) if draft else None
+        return self._generate(ids[:begun], bounds, attempt, drafted, logprobs)
 
-    def _generate(self, ids: Sequence[int], limit: int, attempt: int) -> Iterator[EngineEvent]:
+    def generate_many(
+        self, ids: Sequence[int], decodings: Sequence[Any], **settings: Any
+    ) -> Generator[tuple[int, EngineEvent], None, None]:
+        """In turn; what is drawn goes on in capitals after eight tokens, beams end after five."""
+        draw = partial(self.generate, ids, **{k: v for k, v in settings.items() if k != "ends"})
+        streams = {i: draw(decoding) for i, decoding in enumerate(decodings)}
+        said = [0] * len(decodings)
+        for i in cycle(range(len(decodings))):
+            if not streams:
+                return
+            for event in streams.get(i, ()):
+                if isinstance(event, Prefill) and i:
+                    continue
+                if isinstance(event, Token):
+                    capital = isinstance(decodings[i], Sample) and said[i] >= 8
+                    event = Token(ord(chr(event.id).upper()) if capital else event.id, None, -0.5)
+                    said[i] += 1
+                over = isinstance(decodings[i], Beam) and said[i] == 5
+                yield i, event
+                if isinstance(event, Done) or over:
+                    del streams[i]
+                    if over:
+                        yield i, Done("stop")
+                break
+
+    def _generate(
+        self,
+        ids: Sequence[int],
+        bounds: slice,
+        attempt: int,
+        speculation: Speculation | None,
+        logprobs: int,
+    ) -> Generator[EngineEvent, None, None]:
         names = {START: b"<|im_start|>", END: b"<|im_end|>"}
         text = b"".join(names.get(i) or bytes([i]) for i in ids).decode()
         turns = TURN.findall(text)
@@ -114,12 +180,17 @@ class ScriptedEngine:
         if turns[-1][1] == "interrupt the reading":
             signal.raise_signal(signal.SIGINT)
         spoken = reply_to(turns) + (f" (attempt {attempt})" if attempt else "")
-        for i, token in enumerate(spoken.encode()[:limit]):
+        for i, token in enumerate(spoken.encode()[bounds]):
             if i == 7 and turns[-1][1] == "interrupt the reply":
                 signal.raise_signal(signal.SIGINT)
-            yield Token(token)
+            yield Token(token, probabilities(token) if logprobs else None)
+            if turns[-1][1].startswith("beams "):
+                yield Tails(tuple(Tail(tuple(b"open %d" % n), -n) for n in (1, 2)))
             time.sleep(speaking_s)
-        yield Done("stop" if len(spoken.encode()) <= limit else "length")
+        if turns[-1][1] == "loop":
+            yield Done("loop", speculation)
+        else:
+            yield Done("stop" if len(spoken.encode()) <= bounds.stop else "length", speculation)
 
 
 def model(ctx_size: int = 8192) -> Any:
@@ -155,11 +226,21 @@ def open_session(run: Run) -> Opened:
         options=Options(run.said, speaker.sampling),
         max_new_tokens=run.max_new_tokens,
         stop=run.stop,
+        speculate=run.speculate,
+        stop_loops=run.stop_loops,
         template=template(),
+        logprobs=run.logprobs,
     )
     return Opened(speaker, session, load_s=0.1)
 
 
+def reopened(opened: Opened, run: Run) -> Opened:
+    """The same, in another form."""
+    other = model()
+    other.quantize = run.quantize
+    return Opened(other, opened.session, load_s=0.2)
+
+
 if __name__ == "__main__":
-    opening.open_session = open_session
+    opening.open_session, opening.reopened = open_session, reopened
     main()

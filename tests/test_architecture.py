@@ -127,6 +127,26 @@ def test_rope_scaling_of_a_gguf_is_read(kind: str) -> None:
     assert config_from_gguf(GGUF | keys, tied=True, vocab_size=9).rope_scaling == expected
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"scaling.finetuned": True}, None),
+        ({"scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"scale_linear": 4.0, "scaling.factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"scale_linear": 4.0, "scaling.type": "none"}, None),
+        ({"scaling.attn_factor": 0.5}, RopeScaling("linear", 1.0, attention_factor=0.5)),
+    ],
+    ids=str,
+)
+def test_scaling_of_a_gguf_without_a_type_is_what_llama_cpp_takes_it_for(
+    keys: dict[str, Any], expected: RopeScaling | None
+) -> None:
+    """`llama_model_base::load_hparams`: "linear", unless a type is named."""
+    found = GGUF | {f"llama.rope.{key}": value for key, value in keys.items()}
+    assert config_from_gguf(found, tied=True, vocab_size=9).rope_scaling == expected
+
+
 def test_yarn_of_a_gguf_multiplies_its_factor_with_that_of_the_paper() -> None:
     prefix = "llama.rope.scaling"
     keys = {
@@ -203,11 +223,23 @@ def test_a_config_that_cannot_be_followed_is_refused_by_name(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"general.architecture": "gpt2"}, "gpt2.*expected 'llama'"),
+        ({"general.architecture": "gpt2"}, "gpt2.*expected 'llama' or 'chatglm'"),
+        ({"general.architecture": "chatglm"}, "chatglm.embedding_length is missing"),
+        ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096, expected none"),
+        ({"llama.attention.scale": 0.5}, r"attention.scale is 0\.5, expected none"),
+        ({"llama.logit_scale": "x"}, "logit_scale is 'x', expected none"),
         ({"llama.expert_count": 8}, "expert_count is 8, expected none"),
         ({"llama.rope.dimension_count": 32}, "dimension_count is 32, expected head_dim 64"),
         ({"llama.attention.head_count_kv": [3, 3]}, r"head_count_kv is \[3, 3\]"),
-        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
+        ({"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope', expected none, lin"),
+        ({"llama.rope.scaling.type": "llama3"}, "scaling.type is 'llama3', expected none, linear"),
+        ({"llama.rope.scaling.factor": "2"}, "llama.rope.scaling.factor is '2', expected"),
+        ({"llama.rope.scaling.factor": 0.0}, r"llama.rope.scaling.factor is 0\.0, expected"),
+        ({"llama.rope.scale_linear": -2.0}, r"llama.rope.scale_linear is -2\.0, expected"),
+        ({"llama.rope.scaling.attn_factor": []}, r"llama.rope.scaling.attn_factor is \[\], exp"),
+        ({"llama.rope.scaling.original_context_length": 1.5}, "original_context_length is 1.5"),
+        ({"llama.rope.scaling.yarn_beta_fast": 0}, "yarn_beta_fast is 0, expected"),
+        ({"llama.rope.scaling.short_factor": 1.0}, r"scaling.short_factor is 1\.0, expected none"),
         ({"llama.rope.scaling.type": "yarn"}, "factor is missing"),
         ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier is 0\.1"),
     ],

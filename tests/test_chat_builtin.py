@@ -240,7 +240,7 @@ def test_turns_read_as_the_family_was_trained(name: str, llama2: Tokenizer) -> N
 
 
 def test_chatglm_numbers_rounds_only_once_there_is_a_history(llama2: Tokenizer) -> None:
-    template = BuiltInTemplate("chatglm", WithSpecials(llama2, {"[gMASK]": 7, "sop": 8}))
+    template = BuiltInTemplate("chatglm", WithSpecials(llama2, {"[gMASK]": 7, "<sop>": 8}))
     assert template.segments(said("A")) == ["A", 7, 8]
     assert template.segments(said("A", "B", "C")) == [
         "[Round 0]\n问：A\n答：B\n[Round 1]\n问：C\n答：", 7, 8,
@@ -331,7 +331,7 @@ def test_an_unknown_name_is_refused_with_the_list() -> None:
 
 def test_the_catalog_names_only_templates_that_exist() -> None:
     assert {entry.template for entry in CATALOG} <= {*NAMES}
-    assert {*LAYOUTS} - {"chatglm"} <= {entry.template for entry in CATALOG}
+    assert {*LAYOUTS} <= {entry.template for entry in CATALOG}
 
 
 def located(
@@ -366,6 +366,18 @@ def test_a_model_without_a_template_gets_its_familys(
     at: Located, name: str, llama2: Tokenizer
 ) -> None:
     assert template_for(None, llama2, at).name == name
+
+
+@pytest.mark.parametrize(
+    ("specials", "name"),
+    [(("[gMASK]", "<sop>"), "chatglm"), (("[gMASK]", "<sop>", "<|user|>"), "none")],
+    ids=["ChatGLM-6B", "GLM-4"],
+)
+def test_a_model_is_known_by_tokens_that_no_other_has(
+    specials: tuple[str, ...], name: str, llama2: Tokenizer
+) -> None:
+    tokenizer = WithSpecials(llama2, {piece: 7 + i for i, piece in enumerate(specials)})
+    assert template_for(None, tokenizer).name == name
 
 
 def test_a_models_own_template_comes_before_its_name(llama2: Tokenizer) -> None:

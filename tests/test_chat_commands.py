@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import scripted
 
-from llamachat.chat.commands import COMMANDS, Answer, Conversation, Leave, Say, interpret
+from llamachat.chat.commands import COMMANDS, Answer, Conversation, Leave, Say, Walk, interpret
 from llamachat.chat.events import Done, Text
 from llamachat.chat.session import ChatSession
 from llamachat.errors import UsageError
@@ -148,6 +148,8 @@ def test_set_changes_options_for_the_next_reply(type_: Type, conversation: Conve
 @pytest.mark.parametrize(
     "line",
     ["/set", "/set temperature", "/set temprature 1", "/set temperature hot", "/set top_k 1.5",
+     "/set samplers top_k;psychic", "/set logit_bias 5", "/set logit_bias 999=1",
+     "/set bad_words ;", "/set no_repeat_ngram_size 1.5", "/set repetition_penalty 0",
      "/set temperature -1", "/set top_p 2", "/set max_new_tokens 0", "/set strategy psychic"],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused_and_changes_nothing(
@@ -173,6 +175,21 @@ def test_show_tells_the_origin_of_every_value(type_: Type) -> None:
     assert rows["top_p"] == ["0.9", "built", "in"]
 
 
+def test_settings_are_shown_as_they_are_set(type_: Type) -> None:
+    settings = {
+        "samplers": "top_k;temperature", "bad_words": "damn;hell", "logit_bias": "5=1.5;6=-100",
+        "repetition_penalty": "1.2",
+    }  # fmt: skip
+    for name, value in settings.items():
+        type_(f"/set {name} {value}")
+    rows = {line.split()[0]: line.split()[1:] for line in type_("/show params").splitlines()}
+    for name, value in settings.items():
+        assert rows[name] == [value, "you"]
+    assert rows["top_p"] == ["1", "samplers"]
+    type_("/set samplers default")
+    assert "\nsamplers              hf              built in\n" in type_("/show params")
+
+
 def test_show_shows_the_prompt_as_text_and_ids(type_: Type) -> None:
     type_("hello")
     prompt = type_("/show prompt")
@@ -194,3 +211,109 @@ def test_show_refuses_what_it_does_not_know_with_the_nearest_name(type_: Type) -
     with pytest.raises(UsageError) as refused:
         type_("/show parms")
     assert refused.value.hint == "did you mean params?"
+
+
+def test_continue_goes_on_with_the_last_reply(type_: Type, conversation: Conversation) -> None:
+    conversation.session.max_new_tokens = 3
+    type_("hello")
+    assert type_("/continue") == "lo"
+    assert conversation.session.messages[-1].content == "hello"
+
+
+def test_continue_needs_a_reply(type_: Type) -> None:
+    with pytest.raises(UsageError, match="no reply"):
+        type_("/continue")
+
+
+def test_seed_is_the_seed_of_what_follows(type_: Type, conversation: Conversation) -> None:
+    type_("/seed 11")
+    type_("hello")
+    assert conversation.last is not None
+    assert conversation.last.seed == 11
+    with pytest.raises(UsageError, match="hot"):
+        type_("/seed hot")
+
+
+def test_stop_adds_a_text_that_ends_a_reply_and_off_takes_all_back(type_: Type) -> None:
+    assert type_("/stop") == "stop = none"
+    type_("/stop two")
+    assert type_(r'/stop "\n"') == r'stop = "two" "\n"'
+    assert type_("one two") == "one "
+    assert type_('"""one\nthree"""') == "one"
+    type_("/stop off")
+    assert type_("one two") == "one two"
+
+
+@pytest.mark.parametrize("name", ["speculate", "stop_loops"])
+def test_drafts_and_loops_are_set_for_the_session(
+    type_: Type, conversation: Conversation, name: str
+) -> None:
+    type_(f"/set {name} 4")
+    assert getattr(conversation.session, name) == 4
+    assert any(line.split() == [name, "4", "you"] for line in type_("/show params").splitlines())
+    type_(f"/set {name} default")
+    assert getattr(conversation.session, name) == 0
+    with pytest.raises(UsageError, match="0 or more"):
+        type_(f"/set {name} -1")
+
+
+def test_drafts_and_beams_refuse_each_other(type_: Type, conversation: Conversation) -> None:
+    type_("/strategy beam:4")
+    with pytest.raises(UsageError, match=r"--speculate.*--num-beams"):
+        type_("/set speculate 4")
+    assert conversation.session.speculate == 0
+    type_("/strategy greedy")
+    type_("/set speculate 4")
+    with pytest.raises(UsageError, match=r"--speculate.*--num-beams"):
+        type_("/strategy beam:4")
+    assert type_("/strategy") == "greedy"
+
+
+def test_statistics_tell_the_attempt_and_what_came_of_drafts(
+    type_: Type, conversation: Conversation
+) -> None:
+    type_("/set speculate 4")
+    type_("hello")
+    type_("/regen")
+    assert ", attempt 1" in type_("/show stats")
+    assert "2 of 3 drafted tokens accepted" in type_("/show stats")
+
+
+def test_probs_asks_for_probabilities_and_show_lists_them(
+    type_: Type, conversation: Conversation
+) -> None:
+    type_("/probs 2")
+    assert conversation.session.logprobs == 2
+    type_("a0")
+    heading, a, zero = type_("/show probs").splitlines()
+    assert heading.split() == ["token", "model", "filtered"]
+    assert a.split() == ["1", "50.0", "%", "100.0", "%", "'a'", "or", "id", "257", "50.0", "%"]
+    assert zero.split() == ["2", "1.0", "%", "100.0", "%", "'0'", "or", "'1'", "99.0", "%"]
+    walked = interpret("/probs", conversation)
+    assert isinstance(walked, Walk)
+    assert walked.spoken is conversation.session.spoken
+    type_("/probs off")
+    assert conversation.session.logprobs == 0
+
+
+@pytest.mark.parametrize("argument", ["0", "21", "-1", "1.5", "on", "5 5"])
+def test_probs_refuses_a_number_out_of_range(type_: Type, argument: str) -> None:
+    with pytest.raises(UsageError, match="expected 1 to 20, or off"):
+        type_(f"/probs {argument}")
+
+
+@pytest.mark.parametrize("line", ["/probs", "/show probs"])
+def test_without_probabilities_there_is_nothing_to_walk_over(type_: Type, line: str) -> None:
+    type_("hello")
+    with pytest.raises(UsageError, match="no reply with probabilities"):
+        type_(line)
+
+
+@pytest.mark.parametrize(
+    "lines", [("/probs 2", "/strategy beam:4"), ("/strategy beam:4", "/probs 2")]
+)
+def test_beams_have_no_probabilities(type_: Type, lines: tuple[str, str]) -> None:
+    type_(lines[0])
+    with pytest.raises(UsageError, match=r"/probs.*beams"):
+        type_(lines[1])
+    assert type_("hello") == "hello"

@@ -158,10 +158,23 @@ def test_done_tells_what_the_reply_was() -> None:
     _, done = run(session_of(b"Hi", options=Options(Said(temperature=0.5, seed=7))).send("Hello"))
     assert (done.text, done.finish_reason, done.token_ids) == ("Hi", "stop", tuple(b"Hi"))
     assert (done.prompt_tokens, done.reused_tokens, done.seed) == (8, 1, 7)
-    assert done.strategy == {
-        "name": "sample", "temperature": 0.5, "top_k": 0, "top_p": 0.9, "min_p": 0.0,
-    }  # fmt: skip
+    told = {name: done.strategy[name] for name in ("name", "temperature", "top_k", "top_p")}
+    assert told == {"name": "sample", "temperature": 0.5, "top_k": 0, "top_p": 0.9}
     assert done.trimmed == Trimmed(0, 0)
+
+
+def test_what_beams_are_drawn_from_is_told_without_what_is_told_of_beams() -> None:
+    options = Options(Said(strategy="beam:2", temperature=0.5, repetition_penalty=1.2, seed=7))
+    _, done = run(session_of(b"Hi", options=options).send("Hello"))
+    assert (done.seed, done.strategy["repetition_penalty"]) == (7, 1.2)
+    assert done.strategy["sampling"]["temperature"] == 0.5
+    assert not {"seed", "repetition_penalty"} & set(done.strategy["sampling"])
+
+
+def test_bad_words_become_ids_with_and_without_a_space() -> None:
+    session = session_of(b"Hi", options=Options(Said(strategy="greedy", bad_words=("no",))))
+    _, done = run(session.send("Hello"))
+    assert done.strategy["bad_words"] == (tuple(b"no"), tuple(b" no"))
 
 
 def test_timings_follow_one_another() -> None:

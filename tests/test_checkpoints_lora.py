@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from gguf_files import write_gguf
 from safetensors.numpy import load_file, save_file
-from test_cli_quantize import write_gguf
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -21,6 +21,8 @@ from llamachat.checkpoints import open_checkpoint
 from llamachat.checkpoints.lora import AdaptedCheckpoint, Adapter, adapter_named
 from llamachat.errors import DamagedFileError, LlamachatError, ModelNotFoundError, UsageError
 from llamachat.kernels.backends import choose
+from llamachat.library.store import Located
+from llamachat.loading.adapters import check_base
 from llamachat.quant.tensor import QTensor
 
 Array = npt.NDArray[np.float32]
@@ -354,11 +356,129 @@ def test_what_names_no_adapter_is_refused(
         adapter_named(f"{adapter(products(Q0))}{ending}")
 
 
-def test_a_folder_without_safetensors_is_refused(adapter: Callable[..., Path]) -> None:
+def test_a_folder_without_weights_is_refused(adapter: Callable[..., Path]) -> None:
     folder = adapter(products(Q0))
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(DamagedFileError, match=r"adapter_model\.safetensors: no such file"):
         Adapter(folder)
+
+
+def pickled(folder: Path) -> Path:
+    """The adapter as PEFT saved it before it knew safetensors."""
+    tensors = {name: torch.from_numpy(it) for name, it in load_file(weights_in(folder)).items()}
+    torch.save(tensors, folder / "adapter_model.bin")
+    weights_in(folder).unlink()
+    return folder
+
+
+def weights_in(folder: Path) -> Path:
+    return folder / "adapter_model.safetensors"
+
+
+def test_a_pickled_adapter_is_the_same(base: Path, adapter: Callable[..., Path]) -> None:
+    tensors = products(Q0, K1, DOWN) | {f"{PREFIX}{HEAD}.weight": random(272, 64)}
+    expected = loaded(base, adapter(tensors, "new")).logits(IDS)
+    assert torch.equal(loaded(base, pickled(adapter(tensors, "old"))).logits(IDS), expected)
+
+
+def test_safetensors_go_before_a_pickle(base: Path, adapter: Callable[..., Path]) -> None:
+    folder = adapter(products(Q0))
+    (folder / "adapter_model.bin").write_bytes(b"no archive")
+    assert Adapter(folder).products.keys() == {f"{Q0}.weight"}
+
+
+def test_a_pickle_that_would_run_code_is_refused(adapter: Callable[..., Path]) -> None:
+    folder = adapter(products(Q0))
+    weights_in(folder).unlink()
+    torch.save({f"{PREFIX}{Q0}.lora_A.weight": Path("/")}, folder / "adapter_model.bin")
+    with pytest.raises(DamagedFileError, match=r"adapter_model\.bin: it names .*pathlib"):
+        Adapter(folder)
+
+
+def test_a_pickled_adapter_of_whole_numbers_is_refused(adapter: Callable[..., Path]) -> None:
+    folder = adapter(products(Q0))
+    weights_in(folder).unlink()
+    values = {f"{PREFIX}{Q0}.lora_{side}.weight": torch.ones(4, 4, dtype=int) for side in "AB"}
+    torch.save(values, folder / "adapter_model.bin")
+    with pytest.raises(DamagedFileError, match="type I64, expected F32"):
+        Adapter(folder)
+
+
+def located(**changes: Any) -> Located:
+    nothing = {"path": Path("x"), "alias": None, "repo": None, "revision": None, "source": "local"}
+    return Located(**(nothing | changes))
+
+
+LLAMA2 = {"repo": "meta-llama/Llama-2-7b-hf", "alias": "llama-2-7b"}
+
+
+@pytest.mark.parametrize(
+    ("made_for", "model"),
+    [
+        (None, {}),
+        ("", {}),
+        ("meta-llama/Llama-2-7b-hf", LLAMA2),
+        ("NousResearch/Llama-2-7b-hf", LLAMA2),
+        ("/home/me/llama-2-7b", LLAMA2),
+        ("C:\\models\\Llama-2-7B", LLAMA2),
+        ("someone/base", {"path": Path("base")}),
+        ("someone/base", {"path": Path("base-q4_k_m.gguf")}),
+    ],
+    ids=str,
+)
+def test_of_a_base_by_its_name_nothing_is_said(
+    base: Path, adapter: Callable[..., Path], made_for: str | None, model: dict[str, Any]
+) -> None:
+    made = Adapter(adapter(products(Q0), base_model_name_or_path=made_for))
+    assert check_base(made, open_checkpoint(base), located(**model)) is None
+
+
+@pytest.mark.parametrize(
+    ("made_for", "model", "found"),
+    [
+        ("someone/base", LLAMA2, "meta-llama/Llama-2-7b-hf"),
+        ("lmsys/vicuna-7b-v1.5", LLAMA2, "meta-llama/Llama-2-7b-hf"),
+        ("meta-llama/Llama-2-7b-chat-hf", LLAMA2, "meta-llama/Llama-2-7b-hf"),
+        ("huggyllama/llama-7b", {"path": Path("mine")}, "mine"),
+        ("someone/base", {"path": Path("base-q4_k_m")}, "base-q4_k_m"),
+    ],
+)
+def test_a_base_of_another_name_is_said(
+    base: Path, adapter: Callable[..., Path], made_for: str, model: dict[str, Any], found: str
+) -> None:
+    made = Adapter(adapter(products(Q0), base_model_name_or_path=made_for))
+    said = check_base(made, open_checkpoint(base), located(**model))
+    assert said == f"{made.path}: it was made for {made_for}, the model is {found}"
+
+
+def test_a_base_that_is_known_to_be_another_is_refused(
+    base: Path, adapter: Callable[..., Path]
+) -> None:
+    """LLaMA-1 7B and Llama 2 7B have the same shapes and the same ids."""
+    made = Adapter(adapter(products(Q0), base_model_name_or_path="huggyllama/llama-7b"))
+    message = "it was made for huggyllama/llama-7b, the model is meta-llama/Llama-2-7b-hf"
+    with pytest.raises(DamagedFileError, match=message):
+        check_base(made, open_checkpoint(base), located(**LLAMA2))
+
+
+def test_another_name_is_said_once_on_loading(base: Path, adapter: Callable[..., Path]) -> None:
+    """What the second was made for is the base with the first."""
+    said: list[str] = []
+    folders = [adapter(products(Q0), name) for name in ("one", "two")]
+    loaded(base, *folders, notice=said.append)
+    assert said == [f"{folders[0]}: it was made for someone/base, the model is {base.name}"]
+
+
+def test_a_base_whose_name_is_none_is_refused(adapter: Callable[..., Path]) -> None:
+    folder = adapter(products(Q0), base_model_name_or_path=["x"])
+    with pytest.raises(DamagedFileError, match=r"base_model_name_or_path is .*, expected a name"):
+        Adapter(folder)
+
+
+def test_an_adapter_named_as_a_model_is_refused(adapter: Callable[..., Path]) -> None:
+    folder = adapter(products(Q0))
+    with pytest.raises(UsageError, match="adapter is no whole model: it is a LoRA"):
+        loaded(folder)
 
 
 def test_opening_an_adapter_needs_no_torch(base: Path, adapter: Callable[..., Path]) -> None:

@@ -175,6 +175,37 @@ def test_the_tokenizer_may_be_one_level_above(folder: Path, data: Path, tmp_path
     assert tmp_path / "tokenizer.model" in checkpoint.files
 
 
+def test_a_folder_with_ranks_gives_the_ids_and_logits_of_hugging_faces(
+    data: Path, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Llama 3.1 as Meta keeps it and as Hugging Face does, in small: tokenizer and weights."""
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    shape = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    }
+    folder = tiny_llama(**shape, rope_parameters=scaling, bos_token_id=128000, eos_token_id=128009)
+    params = {"n_layers": 1, "vocab_size": 128256, "rope_theta": 5e5, "use_scaled_rope": True}
+    meta = write_meta(folder, tmp_path / "m", 2, embedding_axis=0, **params)
+    llama3 = data / "tokenizers/llama3"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((llama3 / name).read_bytes())
+    (meta / "tokenizer.json").unlink()
+    (meta / "tokenizer.model").write_bytes((llama3 / "tokenizer.model").read_bytes())
+    ours, theirs = (llamachat.load(it, dtype="float32", threads=1) for it in (meta, folder))
+    text = "Grüße, 12345 Llamas!\n\n\tdef f(x): return x**2  # 你好 🦙"
+    ids = [ours.tokenizer.bos_id or 0, *ours.tokenizer.encode(text)]
+    assert ids == [theirs.tokenizer.bos_id, *theirs.tokenizer.encode(text)]
+    assert ours.tokenizer.vocab_size == theirs.tokenizer.vocab_size == 128256
+    assert ours.tokenizer.specials["<|eot_id|>"] in ours.tokenizer.stop_ids
+    assert torch.equal(ours.logits(ids), theirs.logits(ids))
+
+
 def test_what_is_made_of_a_folder_is_the_same_model_without_shards(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -188,6 +188,62 @@ def test_streamed_json_is_one_event_a_line(ask: Ask) -> None:
     assert events[-1].keys() == FIELDS | {"event"}
 
 
+LOGPROB = {
+    "id": 0xC3, "token": "\ufffd", "logprob": -0.693147, "filtered_logprob": 0.0,
+}  # fmt: skip
+RIVAL = {"id": 257, "token": "", "logprob": -0.693147, "filtered_logprob": None}
+
+
+def test_logprobs_are_told_for_every_token_and_for_others(ask: Ask) -> None:
+    answer = json.loads(ask("\u00e9!", "--json", "--logprobs", "2").out)
+    assert [one["id"] for one in answer["logprobs"]] == answer["token_ids"]
+    assert answer["logprobs"][0] == {**LOGPROB, "top": [LOGPROB, RIVAL]}
+    assert answer["logprobs"][2]["token"] == "!"
+
+
+def test_streamed_logprobs_come_one_token_an_event_and_text_stays_whole(ask: Ask) -> None:
+    out = ask("\u00e9!", "--json", "--stream", "--logprobs", "2").out
+    events = [json.loads(line) for line in out.splitlines()]
+    tokens = [event for event in events if event["event"] == "token"]
+    assert [event["text"] for event in tokens] == ["", "\u00e9", "!"]
+    assert [one for event in tokens for one in event["logprobs"]] == events[-1]["logprobs"]
+
+
+def test_logprobs_without_json_are_refused(ask: Ask) -> None:
+    ended = ask("hello", "--logprobs", "2")
+    assert (ended.exit_code, ended.out) == (2, "")
+    assert "--logprobs needs --json" in ended.err
+    assert ask("hello", "--json", "--logprobs", "21").exit_code == 2
+
+
+def test_every_flag_of_decoding_is_told_in_the_strategy(ask: Ask) -> None:
+    flags = {
+        "--temp": 1.5, "--top-k": 30, "--top-p": 0.8, "--min-p": 0.1, "--typical-p": 0.7,
+        "--epsilon-cutoff": 0.01, "--eta-cutoff": 0.02, "--repeat-penalty": 1.2,
+        "--frequency-penalty": 0.3, "--presence-penalty": -0.4, "--no-repeat-ngram-size": 3,
+    }  # fmt: skip
+    words = [str(word) for pair in flags.items() for word in pair]
+    words += ["--logit-bias", "5=1.5", "--logit-bias", "6=-100", "--bad-word", "no"]
+    strategy = json.loads(ask("hello", "--json", *words, "--samplers", "hf").out)["strategy"]
+    for flag, value in flags.items():
+        name = flag[2:].replace("-", "_")
+        name = {"temp": "temperature", "repeat_penalty": "repetition_penalty"}.get(name, name)
+        assert strategy[name] == value
+    assert strategy["logit_bias"] == [[5, 1.5], [6, -100]]
+    assert strategy["bad_words"] == [list(b"no"), list(b" no")]
+    assert strategy["samplers"][:2] == ["temperature", "top_k"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--samplers", "top_k;psychic"], ["--logit-bias", "5"], ["--bad-word", ""],
+              ["--samplers", "top_k", "--top-p", "0.5"], ["--typical-p", "2"]],
+)  # fmt: skip
+def test_a_flag_of_decoding_that_cannot_be_is_exit_2(ask: Ask, words: list[str]) -> None:
+    ended = ask("hello", *words)
+    assert (ended.exit_code, ended.out) == (2, "")
+    assert len(ended.err.splitlines()) <= 2
+
+
 def test_a_failure_is_the_last_event(ask: Ask) -> None:
     ended = ask("hello" * 20, "--json", "--stream", "-c", "64")
     last = json.loads(ended.out.splitlines()[-1])
@@ -208,6 +264,14 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(ask: Ask, flags: list[str]
 
 def test_the_first_of_several_stop_strings_counts(ask: Ask) -> None:
     assert ask("one two three", "--stop", "three", "--stop", " tw").out == "one\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["-q"]])
+def test_a_reply_that_was_ended_because_it_loops_says_so(ask: Ask, flags: list[str]) -> None:
+    ended = ask("loop", "--stop-loops", "3", *flags)
+    assert ended.exit_code == 0
+    assert ("repeats itself" in ended.err) == (flags != ["-q"])
+    assert "--json" not in flags or json.loads(ended.out)["finish_reason"] == "loop"
 
 
 def test_variables_set_options_and_flags_win(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,11 +178,14 @@ def test_what_is_wrong_before_loading_is_told_before_torch_is_imported(
     (tmp_path / "hot").mkdir()
     (tmp_path / "hot" / "config.toml").write_text("[defaults]\ntemperature = 'hot'\n")
     greedy = ("-m", model, "--strategy", "greedy", "--top-p", "0.5")
+    beams = ("-m", model, "--strategy", "beam:2", "--json")
     cases = [
         (("-m", "no-such-model"), "home", 3, ["no-such-model"]),
         (("-m", "org/no-such-model"), "home", 3, ["org/no-such-model", "pull"]),
         (("-m", str(tmp_path / "missing.gguf")), "home", 3, ["missing.gguf"]),
         (greedy, "home", 2, ["--strategy greedy", "--top-p 0.5"]),
+        ((*beams, "--speculate", "4"), "home", 2, ["--speculate", "--num-beams"]),
+        ((*beams, "--logprobs", "4"), "home", 2, ["--logprobs", "--num-beams"]),
         (("-m", model, "--temperature", "-1"), "home", 2, ["temperature", "-1"]),
         (("-m", model), "broken", 2, ["config.toml"]),
         (("-m", model), "hot", 2, ["config.toml", "temperature", "hot"]),

@@ -157,11 +157,24 @@ def test_list_all_tells_size_context_licence_and_consent(llamachat: Command) -> 
     }
 
 
-def test_a_part_of_a_model_cannot_be_talked_to(llamachat: Command) -> None:
-    exit_code, out, err = llamachat("chat", "-m", "baize-lora-7b", "--offline", "Hello")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("chat", "-m", "luotuo-7b", "--offline", "Hello"),
+        ("eval", "luotuo-7b", "--text", __file__),
+        ("bench", "-m", "luotuo-7b"),
+        ("quantize", "luotuo-7b", "--to", "int8"),
+        ("merge", "luotuo-7b", "x", "-o", "out"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_refuses_a_part_of_a_model_alike(
+    llamachat: Command, command: tuple[str, ...]
+) -> None:
+    exit_code, out, err = llamachat(*command)
     assert (exit_code, out) == (2, "")
-    assert "to be added to llama-7b" in err
-    assert "llamachat merge llama-7b baize-lora-7b" in err
+    assert "luotuo-7b is no whole model" in err
+    assert "llamachat merge llama-7b DIR" in err
 
 
 def test_an_unknown_template_is_exit_2_with_the_names(llamachat: Command) -> None:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import gguf
-import numpy as np
 import pytest
 import torch
+from gguf_files import write_gguf
 from programs import LLAMACHAT, environment, run
 
 import llamachat as api
@@ -138,37 +137,6 @@ def test_a_gguf_file_and_a_folder_of_the_same_model_answer_alike(
     ids = list(range(1, 40))
     logits = [api.load(folder, threads=1).logits(ids) for folder in made]
     assert torch.equal(*logits)
-
-
-def write_gguf(folder: Path, file: Path) -> Path:
-    """A folder's weights as llama.cpp's converter arranges them, with a vocabulary of bytes."""
-    source = open_checkpoint(folder)
-    config = source.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
-    writer.add_token_scores([0.0] * 259)
-    writer.add_token_types([2, 3, 3, *[6] * 256])
-    names = {weight.hf: weight for weight in iter_weights(config)}
-    for name, weight in source.tensors():
-        assert isinstance(weight, torch.Tensor)
-        values = weight.float().numpy()
-        if heads := names[name].heads:  # halves of a head become pairs
-            halves = values.reshape(heads, 2, -1, values.shape[1])
-            values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
-        writer.add_tensor(names[name].gguf, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 def test_a_conversation_can_be_held_with_the_folder_alone(model: Path, tmp_path: Path) -> None:

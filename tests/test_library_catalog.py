@@ -36,7 +36,9 @@ def test_no_alias_is_a_repository_name() -> None:
         ("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct"),
         ("vicuna-7b", "lmsys/vicuna-7b-v1.5"),
         ("vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5"),
+        ("chatglm-6b", "THUDM/chatglm-6b"),
         ("chatglm2-6b", "THUDM/chatglm2-6b"),
+        ("llama3.2-11b-vision", "meta-llama/Llama-3.2-11B-Vision-Instruct"),
         ("llama-30b", "huggyllama/llama-30b"),
     ],
 )

@@ -13,7 +13,10 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import torch
 
+from llamachat.checkpoints import open_checkpoint
+from llamachat.checkpoints.meta import MetaCheckpoint
 from llamachat.errors import (
     AccessError,
     LlamachatError,
@@ -21,7 +24,7 @@ from llamachat.errors import (
     TransferError,
     UsageError,
 )
-from llamachat.library import hub
+from llamachat.library import hub, store
 from llamachat.library.hub import HubName
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -404,3 +407,67 @@ def test_offline_asks_nobody_and_says_what_to_pull(fake_hub: Hub) -> None:
         hub.download("org/name", offline=True)
     assert "llamachat pull org/name" in str(caught.value.hint)
     assert fake_hub.asked == []
+
+
+META_FOLDER = {"params.json": '{"dim": 64}', "tokenizer.model": "m", "consolidated.00.pth": "0"}
+
+
+@pytest.mark.parametrize("folder", ["", "original/"])
+def test_metas_form_is_fetched_where_a_repository_has_no_other(fake_hub: Hub, folder: str) -> None:
+    needed = {f"{folder}{name}": text for name, text in META_FOLDER.items()}
+    needed |= {f"{folder}consolidated.01.pth": "1"}
+    beside = {"README.md": "no", "x.gguf": "no", f"{folder}checklist.chk": "no"}
+    fake_hub.files = {**needed, **beside}
+    path = hub.download("org/name")
+    assert {p.name for p in path.iterdir()} == {Path(name).name for name in needed}
+    assert hub.locate(HubName("org/name")) == path
+    assert hub.commit(HubName("org/name"), path) == COMMIT
+    assert list(hub.installed()) == [(HubName("org/name"), path)]
+
+
+def test_metas_form_beside_a_better_one_is_left(fake_hub: Hub) -> None:
+    original = {f"original/{name}": text for name, text in META_FOLDER.items()}
+    fake_hub.files = {**FOLDER, **original, **META_FOLDER}
+    path = hub.download("org/name")
+    assert {p.name for p in path.iterdir()} == {*FOLDER, "tokenizer.model"}
+    assert not any("consolidated" in asked or "original" in asked for asked in fake_hub.asked)
+
+
+def test_metas_form_beside_a_config_alone_is_metas(fake_hub: Hub) -> None:
+    """Repositories of Meta's form have one, too, for the Hub to count downloads by."""
+    fake_hub.files = {**META_FOLDER, "config.json": "{}"}
+    path = hub.download("org/name")
+    assert isinstance(open_checkpoint(path), MetaCheckpoint)
+
+
+@pytest.mark.parametrize("missing", list(META_FOLDER))
+def test_metas_form_without_a_needed_file_is_not_located(cache: Path, missing: str) -> None:
+    add_snapshot(cache, "org/name", {k: v for k, v in META_FOLDER.items() if k != missing})
+    assert hub.locate(HubName("org/name")) is None
+
+
+def test_metas_form_is_located_only_with_every_shard(cache: Path) -> None:
+    """The first has 32 of 64 rows."""
+    snapshot = add_snapshot(cache, "org/name", META_FOLDER)
+    first = snapshot / "consolidated.00.pth"
+    first.unlink()
+    torch.save({"layers.0.attention.wq.weight": torch.ones(32, 64)}, first)
+    assert hub.locate(HubName("org/name")) is None
+    add_snapshot(cache, "org/name", {"consolidated.01.pth": "1"})
+    assert hub.locate(HubName("org/name")) == snapshot
+
+
+def test_a_model_in_a_folder_of_its_repository_is_removed_with_it(cache: Path) -> None:
+    files = {f"original/{name}": text for name, text in META_FOLDER.items()}
+    snapshot = add_snapshot(cache, "org/name", files)
+    located = store.require("org/name")
+    assert located.path == snapshot / "original"
+    store.remove(located)
+    assert not snapshot.exists()
+
+
+def test_a_lora_is_said_to_be_no_model(fake_hub: Hub) -> None:
+    fake_hub.files = {"adapter_config.json": "{}", "adapter_model.safetensors": "w"}
+    with pytest.raises(UsageError, match="org/name is no whole model: it is a LoRA"):
+        hub.download("org/name")
+    assert not any("adapter_model" in asked for asked in fake_hub.asked)

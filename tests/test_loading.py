@@ -48,9 +48,25 @@ def test_a_model_that_would_rather_not_sample_is_greedy(
     tiny_llama: Callable[..., Path],
 ) -> None:
     path = tiny_llama()
-    (path / "generation_config.json").write_text('{"do_sample": false, "top_k": 9}', "utf-8")
+    suggested = '{"do_sample": false, "top_k": 9, "repetition_penalty": 1.1}'
+    (path / "generation_config.json").write_text(suggested, "utf-8")
     sampling = llamachat.load(path, threads=1).sampling
-    assert dict(sampling)["generation_config.json"] == {"temperature": 0.0}
+    assert dict(sampling)["generation_config.json"] == {
+        "temperature": 0.0, "repetition_penalty": 1.1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("[[5], [6, 7]]", ((5,), (6, 7))), ("[[]]", None), ("[[-1]]", None), ("5", None)],
+)
+def test_bad_words_of_a_generation_config_are_taken_if_they_are_ids(
+    tiny_llama: Callable[..., Path], words: str, expected: object
+) -> None:
+    path = tiny_llama()
+    (path / "generation_config.json").write_text(f'{{"bad_words_ids": {words}}}', "utf-8")
+    sampling = llamachat.load(path, threads=1).sampling
+    assert dict(sampling)["generation_config.json"].get("bad_words") == expected
 
 
 def test_the_api_is_the_same_however_often_it_is_named() -> None:

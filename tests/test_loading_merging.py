@@ -19,6 +19,7 @@ import llamachat
 from llamachat.checkpoints import delta, folder_writer
 from llamachat.cli import app
 from llamachat.errors import CheckFailedError, DamagedFileError, TransferError, UsageError
+from llamachat.library.store import require
 from llamachat.loading.merging import merge
 
 IDS = [(7 * i * i + 31 * i + 5) % 256 for i in range(24)]
@@ -95,7 +96,9 @@ def test_a_base_and_a_delta_are_the_model_that_it_was_made_from(
     rows: int,
 ) -> None:
     tuned = tiny_llama(vocab_size=rows, initializer_range=0.3)
-    merge(base, [str(delta_of(base, tuned, fill=fill))], tmp_path / "out", new_rows=fill)
+    merge(
+        require(str(base)), [str(delta_of(base, tuned, fill=fill))], tmp_path / "out", new_rows=fill
+    )
     expected = weights_of(tuned)
     found = weights_of(tmp_path / "out")
     assert found.keys() == expected.keys()
@@ -107,7 +110,7 @@ def test_a_half_precision_delta_is_added_in_half_precision(
     tiny_llama: Callable[..., Path], delta_of: Callable[..., Path], base: Path, tmp_path: Path
 ) -> None:
     folder = delta_of(base, tiny_llama(initializer_range=0.3), dtype="float16")
-    merge(base, [str(folder)], tmp_path / "out")
+    merge(require(str(base)), [str(folder)], tmp_path / "out")
     added = weights_of(folder)
     found = weights_of(tmp_path / "out")
     for name, values in weights_of(base).items():
@@ -119,7 +122,7 @@ def test_a_merged_adapter_answers_as_the_base_with_it(base: Path, tmp_path: Path
     """transformers reads the folder, we read the base and the adapter."""
     first, second = (write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab"))
     changes = [str(first), f"{second}:0.5"]
-    merge(base, changes, tmp_path / "out")
+    merge(require(str(base)), changes, tmp_path / "out")
     ours = llamachat.load(base, lora=changes, dtype="float32", threads=1).logits(IDS)
     assert error_of(ours, logits_of_transformers(tmp_path / "out")) < 1e-5
     alone = llamachat.load(base, dtype="float32", threads=1).logits(IDS)
@@ -131,7 +134,7 @@ def test_the_type_tokenizer_and_template_are_those_of_the_base(
 ) -> None:
     base = tiny_llama(dtype="bfloat16")
     (base / "generation_config.json").write_text('{"top_k": 7}', "utf-8")
-    merge(base, [str(write_adapter(tmp_path / "lora"))], tmp_path / "out")
+    merge(require(str(base)), [str(write_adapter(tmp_path / "lora"))], tmp_path / "out")
     weights = weights_of(tmp_path / "out")
     unchanged = weights_of(base)
     assert {it.dtype for it in weights.values()} == {it.dtype for it in unchanged.values()}
@@ -147,7 +150,7 @@ def test_weights_beyond_the_size_of_a_file_go_to_several(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_writer, "SHARD_BYTES", 100_000)
-    merge(base, [str(write_adapter(tmp_path / "lora"))], tmp_path / "out")
+    merge(require(str(base)), [str(write_adapter(tmp_path / "lora"))], tmp_path / "out")
     files = sorted(it.name for it in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1
     assert files[-1] == f"model-{len(files):05}-of-{len(files):05}.safetensors"
@@ -167,10 +170,10 @@ def test_a_published_sum_is_checked_before_anything_appears(
     total = sum(float(it.double().sum()) for it in weights_of(tuned).values())
     known = {"some-wdiff": delta.Recovery("mean", total)}
     monkeypatch.setattr(delta, "_KNOWN", known)
-    merge(base, [str(folder)], tmp_path / "right")
+    merge(require(str(base)), [str(folder)], tmp_path / "right")
     other = tiny_llama(initializer_range=0.25)
     with pytest.raises(CheckFailedError, match=f"sum to .*, published is {total}"):
-        merge(other, [str(folder)], tmp_path / "wrong")
+        merge(require(str(other)), [str(folder)], tmp_path / "wrong")
     assert {it.name for it in tmp_path.iterdir()} == {"some-wdiff", "right"}
 
 
@@ -188,7 +191,7 @@ def test_a_delta_for_another_base_is_refused_with_both_values(
     tiny_llama: Callable[..., Path], base: Path, tmp_path: Path, shape: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(DamagedFileError, match=named):
-        merge(base, [str(tiny_llama(**shape))], tmp_path / "out")
+        merge(require(str(base)), [str(tiny_llama(**shape))], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -197,19 +200,21 @@ def test_nobody_guesses_what_new_rows_hold(
 ) -> None:
     folder = delta_of(base, tiny_llama(vocab_size=273))
     with pytest.raises(UsageError, match=r"has 273 ids, .* 272"):
-        merge(base, [str(folder)], tmp_path / "out")
+        merge(require(str(base)), [str(folder)], tmp_path / "out")
 
 
 def test_what_is_there_is_never_replaced(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "lora")
     with pytest.raises(UsageError, match="lora is there and is not empty"):
-        merge(base, [str(adapter)], adapter)
+        merge(require(str(base)), [str(adapter)], adapter)
 
 
 def test_a_disk_that_cannot_be_written_is_told(base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(TransferError, match="out: "):
-        merge(base, [str(write_adapter(tmp_path / "lora"))], tmp_path / "file" / "out")
+        merge(
+            require(str(base)), [str(write_adapter(tmp_path / "lora"))], tmp_path / "file" / "out"
+        )
 
 
 def test_the_command_writes_the_folder_and_says_where(

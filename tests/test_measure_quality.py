@@ -18,7 +18,8 @@ from torch import Tensor
 
 import llamachat
 from llamachat import hardware
-from llamachat.chat.templates import Message, encode, template_of
+from llamachat.chat.builtin import template_for
+from llamachat.chat.templates import Message, encode
 from llamachat.errors import DamagedFileError, UsageError
 from llamachat.kernels.backends import choose
 from llamachat.loading import Model
@@ -189,7 +190,7 @@ def answers(
     model's: it is quicker, and all read the same text, whoever wrote it.
     """
     model = packed("auto")
-    template = template_of(model.chat_template, model.tokenizer)
+    template = template_for(model.chat_template, model.tokenizer)
     texts = []
     for line in (data / "prompts" / "mt_bench_question.jsonl").read_text("utf-8").splitlines():
         question = Message("user", json.loads(line)["turns"][0])

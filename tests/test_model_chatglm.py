@@ -13,15 +13,17 @@ import pytest
 import torch
 from quantized import random_qtensor
 from rows import Rows
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GlmConfig, GlmForCausalLM, set_seed
 
 import llamachat
 from llamachat.architecture import config_from_hf
-from llamachat.chat.templates import Message, encode, render, template_of
+from llamachat.chat.builtin import template_for
+from llamachat.chat.templates import Message, encode, render
 from llamachat.checkpoints import open_checkpoint
-from llamachat.checkpoints.chatglm import iter_joined
+from llamachat.checkpoints.chatglm import layout
+from llamachat.checkpoints.joined import iter_joined
 from llamachat.checkpoints.safetensors import FolderCheckpoint
 from llamachat.errors import DamagedFileError
 from llamachat.kernels import Kernels
@@ -216,8 +218,76 @@ def test_what_llamachat_quantize_writes_is_the_same_model(
     assert model.tokenizer.specials == source.tokenizer.specials
 
 
+QKV = "transformer.encoder.layers.1.self_attention.query_key_value"
+DENSE = "transformer.encoder.layers.0.mlp.dense_h_to_4h"
+TABLE = "transformer.embedding.word_embeddings"
+
+
+def adapter_for(folder: Path, to: Path, *, rows: int = 128) -> tuple[Path, dict[str, Tensor]]:
+    """An adapter as PEFT saves one over ChatGLM2's own code, and the tensors that it leaves."""
+    generator = torch.Generator().manual_seed(5)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.2
+
+    sides = {QKV: (values(4, 64), values(rows, 4)), DENSE: (values(4, 64), values(192, 4))}
+    table = values(80, 64)
+    saved = {f"base_model.model.{TABLE}.weight": table}
+    for module, (a, b) in sides.items():
+        saved |= {
+            f"base_model.model.{module}.lora_{s}.weight": it for s, it in (("A", a), ("B", b))
+        }
+    to.mkdir()
+    save_file(saved, to / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": folder.name}
+    (to / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
+    merged = load_file(folder / "model.safetensors") | {f"{TABLE}.weight": table}
+    for module, (a, b) in sides.items():
+        weight = f"{module}.weight"
+        if merged[weight].shape == (len(b), a.shape[1]):
+            merged[weight] = merged[weight] + 2 * (b @ a)
+    return to, merged
+
+
+def test_an_adapter_adds_to_the_tensors_that_hold_several_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter, merged = adapter_for(folder, tmp_path / "lora")
+    expected = llamachat.load(write_folder(copied(folder, tmp_path / "m"), merged), **EXACT)
+    found = llamachat.load(folder, lora=[adapter], **EXACT)
+    assert torch.allclose(found.logits(IDS), expected.logits(IDS), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_adds_to_what_llamachat_quantize_made(folder: Path, tmp_path: Path) -> None:
+    adapter, merged = adapter_for(folder, tmp_path / "lora")
+    quantize(
+        require(str(folder)), Wanted("int8"), name="tiny", folder=tmp_path / "made", threads=1,
+        notice=lambda _: None, progress=lambda *_: None,
+    )  # fmt: skip
+    expected = llamachat.load(write_folder(copied(folder, tmp_path / "m"), merged), **EXACT)
+    found = llamachat.load(tmp_path / "made", lora=[adapter], quantize="none", **EXACT)
+    difference = (found.logits(IDS) - expected.logits(IDS)).abs().max()
+    assert difference < 0.1 * expected.logits(IDS).abs().max()
+
+
+def test_an_adapter_of_other_heads_is_refused_with_both_shapes(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter, _ = adapter_for(folder, tmp_path / "lora", rows=192)
+    with pytest.raises(DamagedFileError, match=f"{QKV}.weight: 192 x 64, the config says 128 x 64"):
+        llamachat.load(folder, lora=[adapter], **EXACT)
+
+
+EXACT: dict[str, Any] = {"dtype": "float32", "threads": 1}
+
+
+def copied(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
 def test_quantized_weights_are_taken_apart_as_floats_are(folder: Path) -> None:
-    joined = next(it for it in iter_joined(open_checkpoint(folder).config) if len(it.weights) > 1)
+    config = open_checkpoint(folder).config
+    joined = next(it for it in iter_joined(config, layout(config)) if len(it.weights) > 1)
     assert joined.name == f"{LAYER}.self_attention.query_key_value.weight"
     fused = random_qtensor("NF4", (128, 64), 64)
     codes, floats = (dict(joined.split(it)) for it in (fused, fused.dequantize()))
@@ -279,7 +349,7 @@ def test_a_missing_tensor_is_named_as_the_file_would(glm: GlmForCausalLM, tmp_pa
 
 def test_a_folder_without_a_template_has_the_family_s(folder: Path) -> None:
     model = llamachat.load(folder, dtype="float32", threads=1)
-    template = template_of(model.chat_template, model.tokenizer)
+    template = template_for(model.chat_template, model.tokenizer)
     assert template.segments([Message("user", "0")])[:2] == [76, 78]
     assert (model.tokenizer.vocab_size, model.tokenizer.stop_ids) == (80, {2})
 
@@ -301,7 +371,7 @@ def test_published_texts_have_their_published_ids(data: Path, tokenizer: Tokeniz
 def test_published_conversations_have_their_prompts_and_ids(
     data: Path, folder: Path, tokenizer: Tokenizer
 ) -> None:
-    template = template_of(open_checkpoint(folder).chat_template, tokenizer)
+    template = template_for(open_checkpoint(folder).chat_template, tokenizer)
     texts = published_texts(data)
     ids = {case["text"]: case["ids"] for case in texts["chatglm2_encode"]}
     for case in texts["chatglm2_prompt"]:
@@ -319,7 +389,7 @@ def published_texts(data: Path) -> dict[str, Any]:
 def test_a_system_message_goes_before_the_first_question(
     folder: Path, tokenizer: Tokenizer
 ) -> None:
-    template = template_of(open_checkpoint(folder).chat_template, tokenizer)
+    template = template_for(open_checkpoint(folder).chat_template, tokenizer)
     talk = [
         Message("system", "Be brief."), Message("user", "1"),
         Message("assistant", "2"), Message("user", " 3 "),
@@ -333,7 +403,7 @@ def test_a_reply_s_own_ids_are_followed_by_the_next_round_without_a_space(
     folder: Path, tokenizer: Tokenizer
 ) -> None:
     """So that the cache of the first round is reused."""
-    template = template_of(open_checkpoint(folder).chat_template, tokenizer)
+    template = template_for(open_checkpoint(folder).chat_template, tokenizer)
     first = [Message("user", "你好")]
     reply = tuple(tokenizer.encode("你好")[1:])
     talk = [*first, Message("assistant", "你好", reply), Message("user", "3")]
@@ -345,7 +415,7 @@ def test_a_reply_s_own_ids_are_followed_by_the_next_round_without_a_space(
 
 def test_text_that_spells_special_tokens_stays_text(folder: Path, tokenizer: Tokenizer) -> None:
     text = "[gMASK] sop eop [MASK] </s> <s>"
-    template = template_of(open_checkpoint(folder).chat_template, tokenizer)
+    template = template_for(open_checkpoint(folder).chat_template, tokenizer)
     ids = encode(template.segments([Message("user", text)]), tokenizer)
     assert ids[:2] == [64790, 64792]
     assert not {*ids[2:]} & {0, 1, 2, *range(64789, 64794)}

@@ -36,6 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}},
     "llama3": {"rope_parameters": LLAMA3},
     "yarn": {"rope_parameters": YARN},
+    "yarn and biases": {"rope_parameters": YARN, "attention_bias": True},
     "sharded": {"shard_size": "60KB", "rms_norm_eps": 1e-6},
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llamachat.architecture import ModelConfig, RopeScaling, config_from_hf
 from llamachat.kernels import Batch, CacheShape
@@ -91,10 +92,18 @@ def test_llama3_scaling_keeps_high_frequencies_and_blends_into_low_ones(
     assert scaled[low:].tolist() == pytest.approx((plain[low:] / factor).tolist(), rel=1e-6)
 
 
-def test_divisors_of_a_file_stand_in_for_computed_scaling() -> None:
+def test_divisors_of_a_file_come_before_its_scaling() -> None:
+    """As in llama.cpp, whose `ggml_rope_ext` takes both."""
+    divisors = torch.tensor([2.0, 8.0])
+    assert inverse_frequencies(CONFIG, divisors).tolist() == pytest.approx([1 / 2, 0.01 / 8])
     config = replace(CONFIG, rope_scaling=RopeScaling("linear", 4.0))
-    scaled = inverse_frequencies(config, torch.tensor([2.0, 8.0]))
-    assert scaled.tolist() == pytest.approx([1 / 2, 0.01 / 8])
+    assert inverse_frequencies(config, divisors).tolist() == pytest.approx([1 / 8, 0.01 / 32])
+
+
+def test_of_a_head_that_turns_in_part_the_rest_has_no_divisors() -> None:
+    config = replace(CONFIG, head_dim=8, rope_dim=4)
+    found = inverse_frequencies(config, torch.tensor([2.0, 8.0]))
+    assert found.tolist() == pytest.approx([1 / 2, 0.01 / 8, 0, 0])
 
 
 LLAMA3 = {
@@ -103,6 +112,7 @@ LLAMA3 = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
 SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "llama3": {"rope_type": "llama3", **LLAMA3},
     "dynamic": {"rope_type": "dynamic", "factor": 32.0},
@@ -123,7 +133,10 @@ def test_every_scaling_turns_as_in_transformers_up_to_position_131071(
         hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=4096,
         rope_parameters=SCALINGS[name] | {"rope_theta": 1e4},
     )  # fmt: skip
-    theirs, factor = ROPE_INIT_FUNCTIONS[SCALINGS[name]["rope_type"]](config, None, seq_len=131072)
+    kind = SCALINGS[name]["rope_type"]
+    theirs, factor = LlamaRotaryEmbedding(config).inv_freq, 1.0
+    if kind != "default":
+        theirs, factor = ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=131072)
     ours = config_from_hf(config.to_dict()).at_context(131072)
     frequencies = inverse_frequencies(ours)
     assert query_scale(ours) == pytest.approx(factor**2, rel=1e-6)

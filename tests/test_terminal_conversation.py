@@ -137,7 +137,7 @@ def test_commands_are_performed(terminal: Terminal) -> None:
     terminal.ask("one")
     terminal.ask("two")
     assert terminal.ask("/regen") == "two (attempt 1)"
-    terminal.told()
+    assert re.search(r"^\[attempt 1 of seed \d+\]$", terminal.told(), re.MULTILINE)
     terminal.ask("/undo")
     terminal.ask("/system Be brief.")
     terminal.ask("/set temperature 0.25")
@@ -152,6 +152,17 @@ def test_commands_are_performed(terminal: Terminal) -> None:
     terminal.ask("/clear")
     assert terminal.ask("recall") == "recall"
     assert terminal.leave("/exit\r") == 0
+
+
+def test_a_reply_that_was_cut_goes_on(terminal: Terminal) -> None:
+    terminal.ask("/set max_new_tokens 3")
+    assert terminal.ask("hello") == "hel"
+    assert terminal.ask("/continue") == "lo"
+    terminal.told()
+    assert terminal.ask("/continue") == ""
+    assert terminal.told() == "[nothing to add]\n"
+    terminal.ask("loop")
+    assert "[the reply repeats itself: stopped after 3 tokens]" in terminal.told()
 
 
 def test_an_unknown_command_is_refused_with_the_nearest_and_not_sent(terminal: Terminal) -> None:
@@ -340,3 +351,30 @@ def wait_for_keys(child: pexpect.spawn[str]) -> None:
     """Wait until the program takes each key as it is typed, no longer whole lines."""
     while termios.tcgetattr(child.fileno())[3] & termios.ICANON:
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reply"), [("2", "Name thrEE RIVERS"), ("\r", "Name three rivers")]
+)
+def test_one_of_the_compared_answers_can_be_chosen_to_go_on_from(
+    open_terminal: Open, keys: str, reply: str
+) -> None:
+    terminal = open_terminal(columns=100)
+    terminal.wait()
+    terminal.ask("Name three rivers")
+    terminal.send("/compare greedy top-k:5,seed=3\r")
+    shown = terminal.wait()
+    assert "Name thr»EE RIVERS" in shown
+    terminal.send(keys)
+    terminal.wait()
+    terminal.ask("/show prompt")
+    assert f"assistant\n{reply}" in terminal.told()
+
+
+def test_there_is_nothing_to_compare_before_a_question(terminal: Terminal) -> None:
+    terminal.told()
+    terminal.ask("/compare greedy")
+    terminal.ask("/compare greedy beem:4")
+    told = terminal.told()
+    assert "no question" in told
+    assert "beem:4" in told

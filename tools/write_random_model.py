@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints.blocks import read_blocks
+from llamachat.checkpoints.gguf import LAYOUT
 from llamachat.checkpoints.gguf_types import BLOCK_TYPES, BlockType
-from llamachat.checkpoints.names import iter_weights
+from llamachat.checkpoints.joined import iter_joined
 from llamachat.quant.tensor import QTensor
 
 Blocks = npt.NDArray[Any]
@@ -101,25 +102,28 @@ def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
 
 def write_weights(writer: gguf.GGUFWriter, config: ModelConfig, *, form: str, head: str) -> None:
     """Every tensor, one in memory at a time: norms of ones, else values about N(0, 1 / columns)."""
-    weights = [
-        (weight, TYPES["f32" if len(weight.shape) == 1 else head if _is_head(weight.hf) else form])
-        for weight in iter_weights(config)
+    tensors = [
+        (
+            tensor,
+            TYPES["f32" if len(tensor.shape) == 1 else head if _is_head(tensor.name) else form],
+        )
+        for tensor in iter_joined(config, LAYOUT)
     ]
-    for weight, (number, kind) in weights:
-        n_bytes = kind.n_bytes(int(np.prod(weight.shape)))
+    for tensor, (number, kind) in tensors:
+        n_bytes = kind.n_bytes(int(np.prod(tensor.shape)))
         writer.add_tensor_info(
-            weight.gguf, weight.shape, np.dtype("f4"), n_bytes, gguf.GGMLQuantizationType(number)
+            tensor.name, tensor.shape, np.dtype("f4"), n_bytes, gguf.GGMLQuantizationType(number)
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     random = np.random.default_rng(SEED)
     stocks: dict[tuple[str, int], Blocks] = {}
-    for weight, (_, kind) in weights:
-        if len(weight.shape) == 1:
-            writer.write_tensor_data(np.ones(weight.shape, np.float32))
+    for tensor, (_, kind) in tensors:
+        if len(tensor.shape) == 1:
+            writer.write_tensor_data(np.ones(tensor.shape, np.float32))
             continue
-        rows, columns = weight.shape
+        rows, columns = tensor.shape
         key = (kind.name, columns)
         if key not in stocks:
             stocks[key] = random_blocks(kind, columns**-0.5, random)
@@ -154,7 +158,7 @@ def _set_scales(blocks: Blocks, kind: BlockType, scales: npt.NDArray[np.float64]
 
 
 def _is_head(name: str) -> bool:
-    return name in ("model.embed_tokens.weight", "lm_head.weight")
+    return name in ("token_embd.weight", "output.weight")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,19 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixTokens:
+    """The ids that say how far the prefix of a prefix-LM reaches, and where it has its gap.
+
+    Attributes:
+        end: with it begins what is written for the gap; all before it see each other.
+        gaps: of these, the first that the prefix holds is the gap.
+    """
+
+    end: int
+    gaps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape of one decoder, in Meta's names; the same for every checkpoint form.
 
@@ -51,6 +64,7 @@ class ModelConfig:
         qkv_bias: whether the query, key and value projections have biases.
         o_bias: whether the attention's output projection has one.
         rope_dim: how many leading dimensions of a head turn; None: all of them.
+        prefix: of ChatGLM-6B, whose block and positions are its own (`model/chatglm.py`).
     """
 
     dim: int
@@ -68,6 +82,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     rope_dim: int | None = None
+    prefix: PrefixTokens | None = None
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -78,14 +93,7 @@ class ModelConfig:
             raise DamagedFileError(
                 f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly"
             )
-        if self.head_dim % 2:
-            raise DamagedFileError(f"head_dim is {self.head_dim}, expected an even number")
-        if self.rope_dim is not None and (
-            self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim
-        ):
-            raise DamagedFileError(
-                f"rope_dim is {self.rope_dim}, expected an even number up to {self.head_dim}"
-            )
+        self._check_head_dim()
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -95,6 +103,24 @@ class ModelConfig:
             raise DamagedFileError("head_dim is 2, dynamic rope scaling expects 4 or more")
         if kind == "yarn" and self.rope_theta <= 1:
             raise DamagedFileError(f"rope_theta is {self.rope_theta}, yarn expects more than 1")
+
+    def _check_head_dim(self) -> None:
+        step, said = 2, "an even number"
+        if self.prefix is not None:  # each half of a head turns on its own
+            step, said = 4, "a multiple of 4"
+        if self.head_dim % step:
+            raise DamagedFileError(f"head_dim is {self.head_dim}, expected {said}")
+        if self.rope_dim is not None and (
+            self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim
+        ):
+            raise DamagedFileError(
+                f"rope_dim is {self.rope_dim}, expected an even number up to {self.head_dim}"
+            )
+
+    @property
+    def rope_pairs(self) -> int:
+        """Pairs of dimensions that turn in each head."""
+        return (self.rope_dim or self.head_dim) // 2
 
     @property
     def longest_context(self) -> int:
@@ -129,6 +155,9 @@ class ModelConfig:
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         biases = self.qkv_bias * self.head_dim * (self.n_heads + 2 * self.n_kv_heads)
         biases += self.o_bias * self.dim
-        layer = attention + biases + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        ffn, norm = 3 * self.dim * self.hidden_dim, self.dim
+        if self.prefix is not None:  # no gate, but biases
+            ffn, norm = (2 * self.dim + 1) * self.hidden_dim + self.dim, 2 * self.dim
+        layer = attention + biases + ffn + 2 * norm
         heads = 1 if self.tied else 2
-        return self.n_layers * layer + heads * self.vocab_size * self.dim + self.dim
+        return self.n_layers * layer + heads * self.vocab_size * self.dim + norm

@@ -125,7 +125,8 @@ LAYOUTS: Mapping[str, Layout] = {
         system_in_question=True,
         first_round=0,
         bare_first=True,
-        closing=(Special("[gMASK]"), Special("sop")),
+        closing=(Special("[gMASK]"), Special("<sop>")),
+        replies_as_text=True,
     ),
     "chatglm2": Rounds(
         before=("[Round {n}]\n\n问：",),
@@ -227,9 +228,13 @@ def check_name(name: str) -> None:
 
 
 def template_for(
-    source: str | None, tokenizer: Tokenizer, located: Located, *, asked: str | None = None
+    source: str | None,
+    tokenizer: Tokenizer,
+    located: Located | None = None,
+    *,
+    asked: str | None = None,
 ) -> Template:
-    """The template of a model: the one asked for, its own, the catalog's, its name's, or none.
+    """The template of a model: asked for, its own, its tokens', the catalog's, its name's, or none.
 
     Args:
         source: the Jinja source that the model carries.
@@ -242,8 +247,16 @@ def template_for(
     """
     if asked is None and source is not None:
         return JinjaTemplate(source, tokenizer)
-    name = asked or _catalogued(located) or _named(located)
+    name = asked or _told_by_tokens(tokenizer)
+    if name is None:
+        name = (_catalogued(located) or _named(located)) if located else PlainTemplate.name
     return PlainTemplate() if name == PlainTemplate.name else BuiltInTemplate(name, tokenizer)
+
+
+def _told_by_tokens(tokenizer: Tokenizer) -> str | None:
+    """ChatGLM-6B, which was trained to talk, has these; GLM-4 has tokens for roles as well."""
+    tokens = tokenizer.specials.keys()
+    return "chatglm" if {"[gMASK]", "<sop>"} <= tokens and "<|user|>" not in tokens else None
 
 
 def _catalogued(located: Located) -> str | None:

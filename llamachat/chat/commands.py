@@ -7,11 +7,15 @@ import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from llamachat.chat.events import Done, Event
-from llamachat.chat.options import BUILT_IN
+from llamachat.chat.options import PARSERS, parse_value, shown
 from llamachat.chat.session import ChatSession
+from llamachat.chat.specs import DEFAULTS, Spec, parse_spec
+from llamachat.chat.spoken import Spoken, listing
+from llamachat.engine.decoding import check_one_row
+from llamachat.engine.probabilities import MOST
 from llamachat.errors import UsageError
 
 
@@ -34,7 +38,21 @@ class Leave:
     """End the conversation."""
 
 
-Effect: TypeAlias = Say | Answer | Leave
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Answer the last question in several ways, and let the user choose one."""
+
+    specs: tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Let the user walk over the tokens of a reply, and go on from another choice."""
+
+    spoken: Spoken
+
+
+Effect: TypeAlias = Say | Answer | Compare | Leave | Walk
 
 
 @dataclass(slots=True)
@@ -120,6 +138,43 @@ def _regen(conversation: Conversation, argument: str) -> Effect:
     raise UsageError(f"/regen {argument}: not understood", hint="write /regen or /regen seed 7")
 
 
+def _continue(conversation: Conversation, _: str) -> Effect:
+    return Answer(conversation.session.continue_())
+
+
+def _compare(conversation: Conversation, argument: str) -> Effect:
+    specs = tuple(map(parse_spec, argument.split() or DEFAULTS))
+    for spec in specs:
+        spec.options(conversation.session.options).decoding(conversation.session.model.tokenizer)
+    conversation.session.asking()
+    return Compare(specs)
+
+
+def _seed(conversation: Conversation, argument: str) -> Effect:
+    return _set(conversation, f"seed {argument}")
+
+
+def _stop(conversation: Conversation, argument: str) -> Effect:
+    session = conversation.session
+    if argument == "off":
+        session.stop = session.template.stops
+    elif argument:
+        session.stop = tuple(dict.fromkeys((*session.stop, _string(argument))))
+    shown = " ".join(json.dumps(stop, ensure_ascii=False) for stop in session.stop)
+    return Say(f"stop = {shown or 'none'}")
+
+
+def _string(argument: str) -> str:
+    """Text as it is typed, or as a JSON string, which can hold newlines."""
+    try:
+        text = json.loads(argument) if argument.startswith('"') else argument
+    except ValueError:
+        return argument
+    if not isinstance(text, str) or not text:
+        raise UsageError(f"/stop {argument}: expected text")
+    return text
+
+
 def _undo(conversation: Conversation, argument: str) -> Effect:
     if argument and not (argument.isdecimal() and int(argument)):
         raise UsageError(f"/undo {argument}: expected a number of turns")
@@ -150,21 +205,52 @@ def _set(conversation: Conversation, argument: str) -> Effect:
         hint = f"did you mean {near[0]}?" if near and key not in SETTINGS else f"keys: {known}"
         raise UsageError(f"/set {argument or 'needs KEY VALUE'}: not understood", hint=hint)
     kind = SETTINGS[key]
-    try:
-        parsed = None if value == "default" else kind(value)
-    except ValueError:
-        expected = "a whole number" if kind is int else "a number"
-        raise UsageError(f"/set {key}: found {value!r}, expected {expected}") from None
     session = conversation.session
-    if key == "max_new_tokens":
-        if isinstance(parsed, int) and parsed < 1:
-            raise UsageError(f"/set {key}: {value} is not positive")
-        session.max_new_tokens = parsed if isinstance(parsed, int) else None
+    parsed = None if value == "default" else parse_value(f"/set {key}", value, kind)
+    if key in BOUNDS:
+        default, least = BOUNDS[key]
+        if parsed is not None and parsed < least:
+            raise UsageError(f"/set {key}: found {value}, expected {least} or more")
+        number = default if parsed is None else parsed
+        if key == "speculate":
+            check_one_row(session.options.decoding(), draft=number or 0)
+        setattr(session, key, number)
     else:
         options = session.options.saying(**{key: parsed})
-        options.decoding()
+        decoding = options.decoding(session.model.tokenizer)
+        check_one_row(decoding, draft=session.speculate, logprobs=session.logprobs)
         session.options = options
     return Say(f"{key} = {value}")
+
+
+def _strategy(conversation: Conversation, argument: str) -> Effect:
+    if not argument:
+        return Say(conversation.session.options.said.strategy or "(as the model suggests)")
+    return _set(conversation, f"strategy {argument}")
+
+
+def _probs(conversation: Conversation, argument: str) -> Effect:
+    session = conversation.session
+    if not argument:
+        return Walk(_probable(conversation))
+    k = int(argument) if argument.isdecimal() else 0
+    if argument != "off" and not 1 <= k <= MOST:
+        raise UsageError(f"/probs {argument}: expected 1 to {MOST}, or off")
+    check_one_row(session.options.decoding(session.model.tokenizer), logprobs=k)
+    session.logprobs = k
+    if not k:
+        return Say("Probabilities are off.")
+    return Say(f"Each token comes with its probability and {k} alternatives; /probs shows them.")
+
+
+def _probable(conversation: Conversation) -> Spoken:
+    """The last reply, whose probabilities are known."""
+    spoken = conversation.session.spoken
+    if spoken is None or not spoken.has_probabilities:
+        raise UsageError(
+            "there is no reply with probabilities", hint="/probs 5 asks for those of what follows"
+        )
+    return spoken
 
 
 def _show(conversation: Conversation, what: str) -> Effect:
@@ -177,16 +263,21 @@ def _show(conversation: Conversation, what: str) -> Effect:
 
 def _params(conversation: Conversation) -> str:
     session = conversation.session
-    rows = [(n, f"{v:g}", origin) for n, (v, origin) in session.options.values().items()]
+    options = session.options
+    values = {**options.values(), **options.beams()}
+    rows = [(name, shown(value), origin) for name, (value, origin) in values.items()]
     seed = session.options.said.seed
     last = conversation.last
     drawn = f"{last.seed}" if last and last.seed is not None else "drawn"
     rows.append(("seed", drawn if seed is None else str(seed), "drawn" if seed is None else "you"))
     limit = session.max_new_tokens
     rows.append(("max_new_tokens", str(limit or "what is left"), "you" if limit else "built in"))
+    for name in ("speculate", "stop_loops", "logprobs"):
+        if said := getattr(session, name):
+            rows.append((name, str(said), "you"))
     if session.stop:
         rows.append(("stop", json.dumps(session.stop, ensure_ascii=False), "you"))
-    return "\n".join(f"{name:<16}{value:<16}{origin}" for name, value, origin in rows)
+    return "\n".join(f"{name:<22}{value:<14}  {origin}" for name, value, origin in rows)
 
 
 def _context(conversation: Conversation) -> str:
@@ -213,7 +304,9 @@ def statistics(done: Done) -> str:
         parts.append(f"prefill {ran / timings.prefill_s:.0f} tok/s")
     parts.append(f"first token after {timings.ttft_s:.2f} s")
     if done.seed is not None:
-        parts.append(f"seed {done.seed}")
+        parts.append(f"seed {done.seed}" + (f", attempt {done.attempt}" if done.attempt else ""))
+    if (speculation := done.speculation) is not None:
+        parts.append(f"{speculation.accepted} of {speculation.drafted} drafted tokens accepted")
     return " · ".join(parts)
 
 
@@ -226,13 +319,21 @@ VIEWS: dict[str, Callable[[Conversation], str]] = {
     "model": lambda c: c.title,
     "context": _context,
     "stats": _stats,
+    "probs": lambda c: listing(_probable(c), c.session.model.tokenizer),
 }
 
-SETTINGS: dict[str, type] = {
-    **{name: int if name == "top_k" else float for name in BUILT_IN},
-    "seed": int,
-    "strategy": str,
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    **PARSERS,
     "max_new_tokens": int,
+    "speculate": int,
+    "stop_loops": int,
+}
+
+# Of the session, not of how it decodes: the default, and the least.
+BOUNDS: dict[str, tuple[int | None, int]] = {
+    "max_new_tokens": (None, 1),
+    "speculate": (0, 0),
+    "stop_loops": (0, 0),
 }
 
 COMMANDS: dict[str, Command] = {
@@ -240,8 +341,24 @@ COMMANDS: dict[str, Command] = {
     "exit": Command("/exit", "leave (Ctrl-D)", _exit),
     "clear": Command("/clear", "forget the conversation, keep the system message", _clear),
     "regen": Command("/regen [seed N]", "answer the last question anew", _regen),
+    "continue": Command("/continue", "go on with a reply that was cut", _continue),
+    "compare": Command(
+        "/compare [SPEC...]",
+        "answer the last question in several ways: greedy, beam:4, top-p:0.9,seed=7...",
+        _compare,
+    ),
     "undo": Command("/undo [N]", "take back the last N turns", _undo),
     "system": Command("/system [TEXT|@FILE]", "show or set the system message", _system),
     "set": Command("/set KEY VALUE", "change an option; the value 'default' takes it back", _set),
+    "strategy": Command(
+        "/strategy [NAME]", "show or set how it decodes: greedy, top-p:0.9, beam:4...", _strategy
+    ),
+    "seed": Command("/seed N", "the seed of every draw from now on", _seed),
+    "stop": Command("/stop [STR|off]", "one more text that ends a reply, or none", _stop),
+    "probs": Command(
+        "/probs [K|off]",
+        "colour replies by probability, with K alternatives; alone: walk and choose another",
+        _probs,
+    ),
     "show": Command("/show WHAT", ", ".join(VIEWS), _show),
 }

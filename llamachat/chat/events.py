@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from llamachat.engine.events import Prefill
+from llamachat.engine.events import Prefill, Probabilities, Probability, Speculation
 
-__all__ = ["Done", "Event", "FinishReason", "Prefill", "Text", "Timings", "Trimmed"]
+__all__ = [
+    "Done", "Event", "FinishReason", "OpenText", "Prefill", "Probabilities", "Probability",
+    "Speculation", "Tails", "Text", "Timings", "Trimmed",
+]  # fmt: skip
 
 FinishReason = Literal["stop", "length", "interrupted", "loop"]
 
@@ -23,9 +26,29 @@ class Trimmed:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The next piece of the reply; pieces add up to the whole, and none is retracted."""
+    """The next piece of the reply; pieces add up to the whole, and none is retracted.
+
+    Where probabilities were asked for each token has a piece, which may be "" (a character or a
+    stop string that is not whole yet); what was held back to the end comes without any.
+    """
 
     text: str
+    probabilities: Probabilities | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenText:
+    """How the reply may go on after all `Text`, and the score of that."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tails:
+    """The continuations that are open now, the best first; the next event replaces them."""
+
+    tails: tuple[OpenText, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +62,14 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The reply is over, and what it was."""
+    """The reply is over, and what it was; one that was continued: what was added.
+
+    Attributes:
+        logprobs: one for each of `token_ids`, if they were asked for.
+        attempt: with the seed the key of every draw; 0 before the first `regenerate`.
+        speculation: what came of drafts, where they were asked for and the reply came to its end.
+        mean_logprob: of its tokens, by the model alone; of one of several replies.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -50,6 +80,10 @@ class Done:
     strategy: Mapping[str, Any]
     trimmed: Trimmed = field(default_factory=lambda: Trimmed(0, 0))
     timings: Timings = field(default_factory=Timings)
+    logprobs: tuple[Probabilities, ...] = ()
+    attempt: int = 0
+    speculation: Speculation | None = None
+    mean_logprob: float | None = None
 
 
-Event: TypeAlias = Trimmed | Prefill | Text | Done
+Event: TypeAlias = Trimmed | Prefill | Text | Tails | Done

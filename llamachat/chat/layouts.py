@@ -87,6 +87,8 @@ class Rounds:
         first_round: the number of the first round.
         bare_first: a question without history is all there is.
         closing: what ends a prompt, whatever the rounds.
+        replies_as_text: a generated reply is read anew as text: it was written where a text begins,
+            and no cache outlives its turn.
     """
 
     before: tuple[Part, ...]
@@ -100,6 +102,7 @@ class Rounds:
     first_round: int = 1
     bare_first: bool = False
     closing: tuple[Part, ...] = ()
+    replies_as_text: bool = False
 
     def parts(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Iterator[Part]:
         """See `Layout.parts`."""
@@ -116,8 +119,9 @@ class Rounds:
         for i, message in enumerate(messages):
             if message.role == "assistant":
                 yield self.between
-                yield self.lead if message.ids is None else ""
-                yield _content(message)
+                as_text = message.ids is None or self.replies_as_text
+                yield self.lead if as_text else ""
+                yield message.content.strip() if as_text else _content(message)
                 yield from self.after
                 continue
             if not bare:

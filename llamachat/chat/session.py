@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llamachat.chat.builtin import template_for
 from llamachat.chat.context import Fitted, fit, turns_of, without_oldest
-from llamachat.chat.events import Done, Event, FinishReason, Prefill, Text, Timings, Trimmed
+from llamachat.chat.events import Done, Event, FinishReason, Text, Trimmed
 from llamachat.chat.options import Options, Said
-from llamachat.chat.templates import Message, Segment, Template, encode, render, template_of
+from llamachat.chat.reply import Reply
+from llamachat.chat.spoken import Begun, Spoken, begun_as, branched
+from llamachat.chat.templates import Message, Segment, Template, encode, render
 from llamachat.engine import events as engine_events
-from llamachat.engine.stops import StopFilter, first_stop
 from llamachat.errors import UsageError
 from llamachat.tokenizer import Tokenizer
-from llamachat.tokenizer.stream import Detokenizer
 
 if TYPE_CHECKING:
     from llamachat.engine.decoding import Decoding
@@ -42,10 +43,29 @@ class Answers(Protocol):
         max_new_tokens: int | None = None,
         stop_ids: frozenset[int] | None = None,
         ends: Callable[[Sequence[int]], bool] | None = None,
+        logprobs: int = 0,
+        draft: int = 0,
+        stop_loops: int = 0,
         turn: int = 0,
         attempt: int = 0,
-    ) -> Iterator[engine_events.EngineEvent]:
+        continued: int = 0,
+    ) -> Generator[engine_events.EngineEvent, None, None]:
         """See `Engine.generate`."""
+        ...
+
+    def generate_many(
+        self,
+        ids: Sequence[int],
+        decodings: Sequence[Decoding],
+        *,
+        max_new_tokens: int | None = None,
+        stop_ids: frozenset[int] | None = None,
+        ends: Callable[[Sequence[int]], bool] | None = None,
+        stop_loops: int = 0,
+        turn: int = 0,
+        attempt: int = 0,
+    ) -> Generator[tuple[int, engine_events.EngineEvent], None, None]:
+        """See `Engine.generate_many`."""
         ...
 
 
@@ -68,9 +88,23 @@ class Speaks(Protocol):
         ...
 
     @property
-    def sampling(self) -> tuple[tuple[str, Mapping[str, float]], ...]:
+    def sampling(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """Sampling defaults by origin."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question at the end of its conversation, and the prompt that it makes."""
+
+    messages: tuple[Message, ...]
+    fitted: Fitted
+    trimmed: Trimmed
+
+    @property
+    def turn(self) -> int:
+        """Of the conversation, from 0."""
+        return len(turns_of(self.messages)) - 1
 
 
 class ChatSession:
@@ -82,6 +116,9 @@ class ChatSession:
         options: how it decodes.
         max_new_tokens: bound on each reply; None for what is left of the context.
         stop: strings that end a reply and are not shown.
+        logprobs: with every token of a reply come its probabilities, and those of so many others.
+        speculate: tokens that may be run ahead of their choice; see `Engine.generate`.
+        stop_loops: a reply that repeats itself so many times is ended; 0: never.
     """
 
     def __init__(
@@ -93,15 +130,22 @@ class ChatSession:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         template: Template | None = None,
+        logprobs: int = 0,
+        speculate: int = 0,
+        stop_loops: int = 0,
     ) -> None:
         self.model = model
-        self.template = template or template_of(model.chat_template, model.tokenizer)
+        self.template = template or template_for(model.chat_template, model.tokenizer)
         self.options = options or Options(Said(), model.sampling)
         self.max_new_tokens = max_new_tokens
         self.stop = (*stop, *self.template.stops)
+        self.logprobs = logprobs
+        self.speculate = speculate
+        self.stop_loops = stop_loops
         self._messages: list[Message] = []
         self._forgotten = 0
-        self._attempt = 0
+        self._attempts: dict[int, int] = {}  # by turn: the draws that were taken
+        self._spoken: list[Spoken] = []  # the last reply, after what it was before branches
         self._seed = secrets.randbits(32)
         self.system = system
 
@@ -125,6 +169,13 @@ class ChatSession:
         return len(turns_of(self._messages))
 
     @property
+    def spoken(self) -> Spoken | None:
+        """The last message by its tokens, if it is a reply that was spoken here."""
+        last = self._spoken[-1] if self._spoken else None
+        is_last = last is not None and bool(self._messages) and self._messages[-1] is last.message
+        return last if is_last else None
+
+    @property
     def prompt_ids(self) -> list[int]:
         """The conversation as it would be run now, without what the context had no room for."""
         return encode(self._segments, self.model.tokenizer)
@@ -144,7 +195,7 @@ class ChatSession:
         Raises:
             PromptTooLongError: the question alone is longer than the context.
         """
-        self._attempt = 0
+        self._attempts[self.turns] = 0
         return self._ask([*self._messages, Message("user", text)])
 
     def regenerate(self, seed: int | None = None) -> Generator[Event, None, None]:
@@ -154,11 +205,61 @@ class ChatSession:
             UsageError: there is no question.
         """
         last = self._last_question()
+        turn = self.turns - 1
         if seed is not None:
-            self.options, self._attempt = self.options.saying(seed=seed), 0
+            self.options, self._attempts[turn] = self.options.saying(seed=seed), 0
         else:
-            self._attempt += 1
+            self._attempts[turn] = self._attempts.get(turn, 0) + 1
         return self._ask(self._messages[: 1 + last])
+
+    def continue_(self) -> Generator[Event, None, None]:
+        """Go on with the last reply, as if it had never been cut. See `send`.
+
+        Beams begin a new search, for how it goes on.
+
+        Raises:
+            UsageError: there is no reply.
+            PromptTooLongError: there is no room left.
+        """
+        if not self._messages or self._messages[-1].role != "assistant":
+            raise UsageError("there is no reply to continue")
+        begun = begun_as(self._messages[-1], self.spoken, self.model.tokenizer)
+        return self._ask(self._messages[:-1], begun)
+
+    def branch(self, index: int, token: int) -> Generator[Event, None, None]:
+        """Go on with the last reply from another choice of its token `index`. See `send`.
+
+        Steps count on, and only `token` is run anew. What the reply was before is kept until the
+        next question, and comes back, without being computed, where its own choice is made again.
+
+        Args:
+            index: which token of `spoken`.
+            token: the id of one of its alternatives; one that stops ends the reply there.
+
+        Raises:
+            UsageError: there is no reply, or no such alternative.
+            PromptTooLongError: there is no room left.
+        """
+        if self.spoken is None:
+            raise UsageError("there is no reply whose choices could change")
+        stop_ids = self.model.tokenizer.stop_ids
+        return self._ask(self._messages[:-1], branched(self._spoken, index, token, stop_ids))
+
+    def asking(self, question: str | None = None) -> Asked:
+        """A question, or the last one again, ready to be answered; the conversation stays as it is.
+
+        Raises:
+            UsageError: there is no question.
+        """
+        if question is not None:
+            return self._asked([*self._messages, Message("user", question)], ())
+        return self._asked(self._messages[: 1 + self._last_question()], ())
+
+    def answer(self, asked: Asked, reply: Spoken) -> None:
+        """The conversation is this question now, and this reply to it."""
+        self._messages[:] = [*asked.messages, reply.message]
+        self._spoken = [reply]
+        self._forgotten = asked.fitted.forgotten
 
     def undo(self, n: int = 1) -> int:
         """Forget the last n turns; returns how many there were to forget."""
@@ -172,66 +273,79 @@ class ChatSession:
         """Forget every turn; the system message stays."""
         self.undo(self.turns)
 
-    def _ask(self, asked: list[Message]) -> Generator[Event, None, None]:
-        """Answer a conversation that ends with a question."""
-        reply = _Reply(self.model.tokenizer, self.stop, began=time.perf_counter())
-        decoding = self._decoding()
+    def _ask(
+        self, asked: list[Message], begun: Begun | None = None
+    ) -> Generator[Event, None, None]:
+        """Answer a conversation that ends with a question, or go on with what was `begun`."""
+        tokenizer = self.model.tokenizer
+        reply = Reply(tokenizer, self.stop, time.perf_counter(), begun)
+        decoding = self.decoding()
+        ready = self._asked(asked, reply.known)
+        attempt = self._attempts.get(ready.turn, 0)
+        events: Iterable[engine_events.EngineEvent]
+        if reply.ended:
+            events = [engine_events.Done(reply.ended)]
+        else:
+            events = self.model.engine.generate(
+                ready.fitted.ids,
+                decoding,
+                max_new_tokens=self.max_new_tokens,
+                ends=reply.ends if self.stop else None,
+                logprobs=self.logprobs,
+                draft=self.speculate,
+                stop_loops=self.stop_loops,
+                turn=ready.turn,
+                attempt=attempt,
+                continued=len(reply.known),
+            )
+        return self._answer(reply.going_on(events), ready, reply, decoding, attempt)
+
+    def _asked(self, messages: Sequence[Message], begun: tuple[int, ...]) -> Asked:
+        """What is asked, by a prompt that fits and ends with what of its reply was `begun`."""
         fitted = fit(
-            asked,
-            lambda messages: encode(self.template.segments(messages), self.model.tokenizer),
+            messages,
+            lambda fewer: [
+                *encode(self.template.segments(fewer), self.model.tokenizer),
+                *begun,
+            ],
             forgotten=self._forgotten,
             ctx_size=self.model.engine.ctx_size,
             max_new_tokens=self.max_new_tokens,
         )
-        events = self.model.engine.generate(
-            fitted.ids,
-            decoding,
-            max_new_tokens=self.max_new_tokens,
-            ends=reply.ends if self.stop else None,
-            turn=len(turns_of(asked)) - 1,
-            attempt=self._attempt,
-        )
-        return self._answer(events, asked, reply, decoding, fitted)
+        trimmed = Trimmed(fitted.forgotten - self._forgotten, fitted.dropped_tokens)
+        return Asked(tuple(messages), fitted, trimmed)
 
     def _answer(
         self,
-        events: Iterator[engine_events.EngineEvent],
-        asked: Sequence[Message],
-        reply: _Reply,
+        events: Generator[engine_events.EngineEvent, None, None],
+        asked: Asked,
+        reply: Reply,
         decoding: Decoding,
-        fitted: Fitted,
+        attempt: int,
     ) -> Generator[Event, None, None]:
-        trimmed = Trimmed(fitted.forgotten - self._forgotten, fitted.dropped_tokens)
+        others = self._spoken if reply.begun and self.spoken else []
         reason: FinishReason = "interrupted"
         try:
-            if trimmed.turns:
-                yield trimmed
+            if asked.trimmed.turns:
+                yield asked.trimmed
             yield from reply.follow(events)
             reason = reply.finish_reason
         except KeyboardInterrupt:
-            pass
+            reply.interrupt(events)
         finally:
             rest = reply.flush()
             if reply.ids or reason != "interrupted":
-                self._messages[:] = [*asked, reply.message()]
-                self._forgotten = fitted.forgotten
+                spoken = reply.spoken(reason)
+                self.answer(asked, spoken)
+                self._spoken = [*others, spoken]
         if rest:
             yield Text(rest)
-        yield Done(
-            text=reply.text,
-            finish_reason=reason,
-            token_ids=tuple(reply.ids),
-            prompt_tokens=len(fitted.ids),
-            reused_tokens=reply.reused,
-            seed=decoding.seed,
-            strategy=describe(decoding),
-            trimmed=trimmed,
-            timings=reply.timings(),
-        )
+        yield done(reply, reason, asked, decoding, attempt)
 
-    def _decoding(self) -> Decoding:
-        """The options, with the user's seed or this session's own."""
-        return self.options.decoding().seeded(self._seed)
+    def decoding(self, options: Options | None = None) -> Decoding:
+        """The options, or others, with the user's seed or this session's own."""
+        chosen = options or self.options
+        return chosen.decoding(self.model.tokenizer).seeded(self._seed)
 
     def _last_question(self) -> int:
         """Where it stands among the messages."""
@@ -249,79 +363,32 @@ class ChatSession:
         return bool(self._messages) and self._messages[0].role == "system"
 
 
-@dataclass(slots=True)
-class _Reply:
-    """A reply on its way: ids to text, stop strings held back, times taken."""
-
-    tokenizer: Tokenizer
-    stops: tuple[str, ...]
-    began: float
-    ids: list[int] = field(default_factory=list)
-    shown: list[str] = field(default_factory=list)
-    reused: int = 0
-    finish_reason: FinishReason = "stop"
-    _text: Detokenizer = field(init=False)
-    _filter: StopFilter = field(init=False)
-    _prefilled: float = 0.0
-    _first: float = 0.0
-    _last: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._text = Detokenizer(self.tokenizer)
-        self._filter = StopFilter(self.stops)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.shown)
-
-    def follow(self, events: Iterator[engine_events.EngineEvent]) -> Iterator[Event]:
-        """Pass the engine's events on, as text."""
-        for event in events:
-            if isinstance(event, Prefill):
-                self.reused = event.reused
-                self._prefilled = time.perf_counter()
-                yield event
-            elif isinstance(event, engine_events.Token):
-                if text := self._take(event.id):
-                    yield Text(text)
-            else:
-                self.finish_reason = "length" if event.finish_reason == "length" else "stop"
-
-    def flush(self) -> str:
-        """What was held back to the end."""
-        rest = self._filter.feed(self._text.flush()) + self._filter.flush()
-        self.shown.append(rest)
-        return rest
-
-    def ends(self, ids: Sequence[int]) -> bool:
-        """Whether the last of `ids` completes a stop string."""
-        recent = ids[-max(len(stop.encode()) for stop in self.stops) - 8 :]
-        text = Detokenizer(self.tokenizer, continues=len(recent) < len(ids))
-        return first_stop("".join(map(text.feed, recent)), self.stops) is not None
-
-    def message(self) -> Message:
-        """The assistant's turn; where a stop string cut its text, the ids say too much."""
-        ids = None if self._filter.stopped else tuple(self.ids)
-        return Message("assistant", self.text, ids)
-
-    def timings(self) -> Timings:
-        first, last = self._first or self._prefilled, self._last or self._prefilled
-        return Timings(
-            prefill_s=max(0.0, self._prefilled - self.began),
-            decode_s=max(0.0, last - self._prefilled),
-            ttft_s=max(0.0, first - self.began),
-        )
-
-    def _take(self, token: int) -> str:
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
-        self.ids.append(token)
-        text = self._filter.feed(self._text.feed(token))
-        self.shown.append(text)
-        return text
+def done(
+    reply: Reply, reason: FinishReason, asked: Asked, decoding: Decoding, attempt: int = 0
+) -> Done:
+    """How a reply ended, and all that is known of it."""
+    logprobs = reply.own_logprobs
+    return Done(
+        text=reply.text,
+        finish_reason=reason,
+        token_ids=reply.ids,
+        prompt_tokens=len(asked.fitted.ids),
+        reused_tokens=reply.reused,
+        seed=decoding.seed,
+        strategy=describe(decoding),
+        trimmed=asked.trimmed,
+        timings=reply.timings(),
+        logprobs=reply.logprobs,
+        attempt=attempt,
+        speculation=reply.speculation,
+        mean_logprob=sum(logprobs) / len(logprobs) if logprobs else None,
+    )
 
 
 def describe(decoding: Decoding) -> dict[str, Any]:
-    """A decoding as JSON shows it: its name and its values."""
+    """A decoding as JSON shows it: its name and its values, each once."""
     values = {name: value for name, value in asdict(decoding).items() if name != "seed"}
+    if sampling := values.get("sampling"):  # of beams, which have the penalties themselves
+        own = {name: value for name, value in sampling.items() if name not in (*values, "seed")}
+        values["sampling"] = own
     return {"name": type(decoding).__name__.lower(), **values}

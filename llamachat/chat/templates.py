@@ -159,11 +159,6 @@ class JinjaTemplate:
         return joined(segments)
 
 
-def template_of(source: str | None, tokenizer: Tokenizer) -> Template:
-    """The template that a model carries; without one, plain completion."""
-    return PlainTemplate() if source is None else JinjaTemplate(source, tokenizer)
-
-
 _MARK = "\ufdd0"  # a noncharacter: no text has it
 _PAD = "\u205f"  # white space that nobody writes, and that strip() and trim take away
 _STAND_IN = f"{_MARK}aB{_MARK} <{_MARK}\n{_MARK}%s{_MARK}"

@@ -54,6 +54,11 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def left_out(self) -> str | None:
+        """What the model could do and this program does not, in a line to show; mostly nothing."""
+        ...
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """What else is known, to show: name, licence, organization... (short strings)."""
         ...

@@ -1,22 +1,17 @@
-"""What ChatGLM2's folders call their weights, and what else is theirs: tokens and a template.
+"""What folders of ChatGLM call their weights, and what else is ChatGLM2's: tokens, a template.
 
-Source: THUDM/chatglm2-6b, modeling_chatglm.py and tokenization_chatglm.py.
+Source: THUDM/chatglm-6b and THUDM/chatglm2-6b, modeling_chatglm.py and tokenization_chatglm.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from llamachat.architecture import ModelConfig
-from llamachat.checkpoints.names import Shape, WeightName, half_split_rows, iter_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from llamachat.quant.tensor import QTensor
+from llamachat.checkpoints.joined import Layout, Rows, rows_by_weight
+from llamachat.checkpoints.names import WeightName, renamed
 
 # The tokenizer's code appends them to the SentencePiece model, in this order.
 APPENDED_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -38,7 +33,18 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 {%- endfor %}"""
 
-_PARTS = {
+_PARTS_OF_6B = {
+    "model.embed_tokens": "transformer.word_embeddings",
+    "self_attn.q_proj": "attention.query_key_value",
+    "self_attn.k_proj": "attention.query_key_value",
+    "self_attn.v_proj": "attention.query_key_value",
+    "self_attn.o_proj": "attention.dense",
+    "mlp.up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
+    "model.norm": "transformer.final_layernorm",
+    "lm_head": "lm_head",
+}
+_PARTS_OF_2 = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
     "self_attn.q_proj": "self_attention.query_key_value",
     "self_attn.k_proj": "self_attention.query_key_value",
@@ -50,54 +56,25 @@ _PARTS = {
     "model.norm": "transformer.encoder.final_layernorm",
     "lm_head": "transformer.output_layer",
 }
-_LAYERS, _OUR_LAYERS = "transformer.encoder.layers.", "model.layers."
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """One tensor of a file: the rows of one weight, or of several, one below the other."""
-
-    name: str
-    weights: tuple[WeightName, ...]
-
-    @property
-    def shape(self) -> Shape:
-        """Of the tensor."""
-        return (sum(weight.shape[0] for weight in self.weights), *self.weights[0].shape[1:])
-
-    def split(self, tensor: Tensor | QTensor) -> Iterator[tuple[str, Tensor | QTensor]]:
-        """The weights by their Hugging Face names.
-
-        Of several weights the pairs that rope turns are neighbours, and are brought to the
-        half-split order. The pairs that it leaves alone have frequency 0 there: which two
-        dimensions make one does not matter, as long as it is the same in queries and keys.
-        """
-        import torch
-
-        if len(self.weights) == 1:
-            yield self.weights[0].hf, tensor
-            return
-        first = 0
-        for weight in self.weights:
-            n_rows = weight.shape[0]
-            rows = torch.arange(n_rows)
-            if weight.heads is not None:
-                rows = torch.from_numpy(half_split_rows(n_rows, weight.heads))
-            rows += first
-            yield weight.hf, tensor[rows] if isinstance(tensor, torch.Tensor) else tensor.rows(rows)
-            first += n_rows
+def layout(config: ModelConfig) -> Layout:
+    """Of ChatGLM-6B or ChatGLM2."""
+    parts, layers, rows_of = _PARTS_OF_2, "transformer.encoder.layers.", rows_by_weight
+    if config.prefix is not None:
+        parts, layers, rows_of = _PARTS_OF_6B, "transformer.layers.", _rows_by_head
+    return Layout(lambda hf: renamed(hf, parts, layers), rows_of)
 
 
-def iter_joined(config: ModelConfig) -> Iterator[Joined]:
-    """Every tensor that the config asks for, in the order of a forward pass."""
-    for name, weights in groupby(iter_weights(config), lambda weight: stored_name(weight.hf)):
-        yield Joined(name, tuple(weights))
+def _rows_by_head(weights: Sequence[WeightName]) -> Iterator[Rows]:
+    """Each head has its query, key and value; both halves of a query or key are half-split.
 
-
-def stored_name(hf: str) -> str:
-    """The tensor that holds the weight which Hugging Face's Llama calls `hf`."""
-    module, _, kind = hf.rpartition(".")
-    if not module.startswith(_OUR_LAYERS):
-        return f"{_PARTS[module]}.{kind}"
-    layer, _, part = module.removeprefix(_OUR_LAYERS).partition(".")
-    return f"{_LAYERS}{layer}.{_PARTS.get(part, part)}.{kind}"
+    The first halves of the two come first, so that they are turned as one head.
+    """
+    n_heads = weights[0].heads
+    assert n_heads is not None
+    rows = np.arange(sum(weight.shape[0] for weight in weights))
+    quarters = rows.reshape(n_heads, len(weights), 2, 2, -1)  # (H, q k v, half, of a pair, E / 4)
+    for i, weight in enumerate(weights):
+        head = quarters[:, i]
+        yield (head.swapaxes(1, 2) if weight.heads is not None else head).reshape(-1)

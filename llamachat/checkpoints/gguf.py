@@ -1,17 +1,21 @@
-"""GGUF files of the llama architecture, whole or split, as a `Checkpoint`."""
+"""GGUF files of the architectures llama and chatglm, whole or split, as a `Checkpoint`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamachat.architecture import ModelConfig, brief, config_from_gguf
+from llamachat.architecture import CHATGLM, ModelConfig, brief, config_from_gguf
+from llamachat.checkpoints import chatglm
 from llamachat.checkpoints.gguf_header import Header, TensorInfo, integer, map_file, read_header
-from llamachat.checkpoints.names import check_shapes, half_split_rows, iter_weights, located, shown
+from llamachat.checkpoints.joined import Joined, Layout, iter_joined, rows_by_weight
+from llamachat.checkpoints.names import check_shapes, located, renamed, shown
+from llamachat.checkpoints.stored import check_finite
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 
@@ -21,6 +25,31 @@ if TYPE_CHECKING:
     from llamachat.quant.tensor import QTensor
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+_QKV_BIASES = ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")
+_O_BIAS = "blk.0.attn_output.bias"
+_MODULES = {
+    "model.embed_tokens": "token_embd",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_MODULES_OF_CHATGLM = {
+    **_MODULES,
+    "self_attn.q_proj": "attn_qkv",
+    "self_attn.k_proj": "attn_qkv",
+    "self_attn.v_proj": "attn_qkv",
+    "mlp.gate_proj": "ffn_up",
+}
+LAYOUT = Layout(lambda hf: renamed(hf, _MODULES, "blk."), rows_by_weight)  # of a Llama
+_CHATGLM_LAYOUT = Layout(lambda hf: renamed(hf, _MODULES_OF_CHATGLM, "blk."), rows_by_weight)
 _ROPE_FREQS = "rope_freqs.weight"
 _UNREAD = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")  # tables that are computed
 
@@ -58,12 +87,20 @@ class GgufCheckpoint:
                 # without a table the check below says that it is missing
                 vocab_size=embedding.shape[0] if embedding else 1,
             )
-            _check_tensors(tensors, config)
+            config = replace(
+                config,
+                qkv_bias=any(name in tensors for name in _QKV_BIASES),
+                o_bias=_O_BIAS in tensors,
+            )
+            _check_tensors(tensors, iter_joined(config, self._layout), config)
             _check_vocabulary(metadata, config.vocab_size)
         return config
 
     def declared_config(self, *, tied: bool, vocab_size: int) -> ModelConfig:
-        """What the metadata says of tensors that are elsewhere: `vocab_size` rows in the table."""
+        """What the metadata says of tensors that are elsewhere: `vocab_size` rows in the table.
+
+        It does not say whether there are biases.
+        """
         with located(self._path):
             config = config_from_gguf(self._header.metadata, tied=tied, vocab_size=vocab_size)
             _check_vocabulary(self._header.metadata, vocab_size)
@@ -79,8 +116,10 @@ class GgufCheckpoint:
 
     @property
     def chat_template(self) -> str | None:
-        """The value of `tokenizer.chat_template`."""
+        """The value of `tokenizer.chat_template`, else, of ChatGLM2, what its code writes."""
         template = self._header.metadata.get("tokenizer.chat_template")
+        if template is None and self._is_chatglm2:
+            return chatglm.CHAT_TEMPLATE
         if template is not None and not isinstance(template, str):
             raise DamagedFileError(
                 f"{self._path}: tokenizer.chat_template is {brief(template)}, expected a string"
@@ -91,6 +130,11 @@ class GgufCheckpoint:
     def generation(self) -> Mapping[str, Any]:
         """Empty: a GGUF file has no generation defaults."""
         return {}
+
+    @property
+    def left_out(self) -> str | None:
+        """None: all of the file is run."""
+        return None
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -109,11 +153,27 @@ class GgufCheckpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight by its Hugging Face name, in the order of a forward pass."""
-        config = self.config
-        for weight in iter_weights(config):
-            yield weight.hf, _read(self._tensors[weight.gguf], weight.heads)
+        for joined in iter_joined(self.config, self._layout):
+            yield from joined.split(_read(self._tensors[joined.name]))
         if _ROPE_FREQS in self._tensors:
             yield "rope_freqs", _read_rope_freqs(self._tensors[_ROPE_FREQS])
+
+    @property
+    def _is_chatglm(self) -> bool:
+        kind = self._header.metadata.get("general.architecture")
+        return isinstance(kind, str) and kind == CHATGLM
+
+    @property
+    def _is_chatglm2(self) -> bool:
+        """Its successors have the same block, but tokens for roles."""
+        tokens = self._header.metadata.get("tokenizer.ggml.tokens")
+        if not self._is_chatglm or not isinstance(tokens, list):
+            return False
+        return "[gMASK]" in tokens and "<|user|>" not in tokens
+
+    @property
+    def _layout(self) -> Layout:
+        return _CHATGLM_LAYOUT if self._is_chatglm else LAYOUT
 
     @cached_property
     def _header(self) -> Header:
@@ -157,9 +217,11 @@ def _check_part(header: Header, index: int, count: int) -> None:
         )
 
 
-def _check_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
-    expected = ((weight.gguf, weight.shape) for weight in iter_weights(config))
-    rope_freqs = [(_ROPE_FREQS, (config.head_dim // 2,))] if _ROPE_FREQS in tensors else []
+def _check_tensors(
+    tensors: Mapping[str, TensorInfo], joined: Iterable[Joined], config: ModelConfig
+) -> None:
+    expected = ((it.name, it.shape) for it in joined)
+    rope_freqs = [(_ROPE_FREQS, (config.rope_pairs,))] if _ROPE_FREQS in tensors else []
     found = {name: it.shape for name, it in tensors.items() if not _UNREAD.fullmatch(name)}
     check_shapes(found, chain(expected, rope_freqs))
     for name in found:
@@ -169,9 +231,10 @@ def _check_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> No
 
 
 def _check_vocabulary(metadata: Mapping[str, Any], n_rows: int) -> None:
-    said = integer(metadata, "llama.vocab_size", n_rows)
+    key = f"{metadata['general.architecture']}.vocab_size"
+    said = integer(metadata, key, n_rows)
     if said != n_rows:
-        raise DamagedFileError(f"token_embd.weight: {n_rows} rows, llama.vocab_size is {said}")
+        raise DamagedFileError(f"token_embd.weight: {n_rows} rows, {key} is {said}")
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     if not isinstance(tokens, list):
         raise DamagedFileError(f"tokenizer.ggml.tokens is {brief(tokens)}, expected strings")
@@ -181,9 +244,7 @@ def _check_vocabulary(metadata: Mapping[str, Any], n_rows: int) -> None:
         )
 
 
-def _read(info: TensorInfo, heads: int | None = None) -> Tensor | QTensor:
-    import torch
-
+def _read(info: TensorInfo) -> Tensor | QTensor:
     from llamachat.checkpoints.blocks import read_blocks
 
     end = info.start + info.n_bytes
@@ -194,10 +255,9 @@ def _read(info: TensorInfo, heads: int | None = None) -> Tensor | QTensor:
             )
         with view[info.start : end] as raw:
             tensor = read_blocks(raw, info.kind, info.shape)
-    if heads is None:
-        return tensor
-    order = torch.from_numpy(half_split_rows(info.shape[0], heads))
-    return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.rows(order)
+    with located(info.path):
+        check_finite(info.name, tensor)
+    return tensor
 
 
 def _read_rope_freqs(info: TensorInfo) -> Tensor:

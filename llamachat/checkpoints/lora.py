@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT saves them, merged into the weights of a base (Hu et al. 2021, 2106.09685).
 
-A folder with adapter_config.json and adapter_model.safetensors. Its tensors are called
-"base_model.model." and the weight's own name, with "lora_A" (r, I) and "lora_B" (O, r) for a
-product; anything else is a whole weight that stands for the base's.
+A folder with adapter_config.json and adapter_model.safetensors or, older, adapter_model.bin. Its
+tensors are called "base_model.model." and the weight's own name, with "lora_A" (r, I) and "lora_B"
+(O, r) for a product; anything else is a whole weight that stands for the base's.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamachat.architecture import ModelConfig, brief
-from llamachat.checkpoints import Checkpoint
-from llamachat.checkpoints.names import Shape, check_shapes, iter_weights, located, shown
+from llamachat.checkpoints import Checkpoint, chatglm
+from llamachat.checkpoints.joined import HUGGING_FACE, Joined, Layout, iter_joined
+from llamachat.checkpoints.json_files import read_json
+from llamachat.checkpoints.names import Shape, check_shapes, located, shown
 from llamachat.checkpoints.overlay import EMBEDDING, HEAD, Overlay, as_floats, changed_in
-from llamachat.checkpoints.safetensors import opened, read_json
-from llamachat.checkpoints.stored import FLOATS
+from llamachat.checkpoints.safetensors import ADAPTER_CONFIG as CONFIG
+from llamachat.checkpoints.safetensors import read_header
+from llamachat.checkpoints.stored import check_finite, check_floats
 from llamachat.errors import DamagedFileError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -28,11 +31,12 @@ if TYPE_CHECKING:
 
     from llamachat.quant.tensor import QTensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _PRODUCT = re.compile(r"(?P<weight>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _WHOLE = re.compile(r"(?P<weight>.+?)(\.modules_to_save(\.default)?|\.base_layer)?\.weight")
 _UNREAD = ".rotary_emb.inv_freq"
+_CHATGLM = "transformer."  # what modules of ChatGLM's own code begin with
 # Keys of the config that change nothing here, or that are followed. Any other one must be empty.
 _FOLLOWED = frozenset({
     "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
@@ -70,15 +74,17 @@ class Adapter:
         if not (path / CONFIG).exists():
             raise DamagedFileError(f"{path / CONFIG}: no such file, expected that of an adapter")
         self.path = path
+        is_pickled = (path / _PICKLED).exists() and not (path / _WEIGHTS).exists()
+        self.weights = path / (_PICKLED if is_pickled else _WEIGHTS)
         config = read_json(path / CONFIG)
         with located(path / CONFIG):
+            self.base_name = _base_name(config)
             self.scale = scale * _scale(config)
             self.is_transposed = bool(config.get("fan_in_fan_out"))
-        with opened(path / WEIGHTS, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            headers = {n: (tuple(it.get_shape()), it.get_dtype()) for n, it in slices.items()}
-        with located(path / WEIGHTS):
-            self._shapes = _shapes(headers)
+        self._stored = read_header(self.weights)
+        with located(self.weights):
+            check_floats(self._stored, self._stored)
+            self._shapes = {name: it.shape for name, it in self._stored.items()}
             self._products, self._wholes = _sorted_out(self._shapes)
             for product in self._products.values():
                 if (rank := self._shapes[product.a][0]) != config["r"]:
@@ -86,10 +92,10 @@ class Adapter:
                         f"{shown(product.a)}: rank {rank}, r of {CONFIG} is {config['r']}"
                     )
 
-    @property
-    def changed(self) -> frozenset[str]:
-        """Names of the weights that it changes."""
-        return frozenset(self._products) | frozenset(self._wholes)
+    def layout(self, config: ModelConfig) -> Layout:
+        """Of the model that it was made for, whose config is that of the base."""
+        is_chatglm = any(it.startswith(_CHATGLM) for it in (*self._products, *self._wholes))
+        return chatglm.layout(config) if is_chatglm else HUGGING_FACE
 
     @property
     def wholes(self) -> Mapping[str, Shape]:
@@ -105,20 +111,27 @@ class Adapter:
             shapes[name] = shape[::-1] if self.is_transposed else shape
         return shapes
 
-    def apply(self, name: str, tensor: Tensor | QTensor) -> Tensor | QTensor:
-        """The weight (O, I): in float32 where it was added to, else as it is or was saved."""
-        if name not in self.changed:
+    def apply(self, name: str, joined: Joined, tensor: Tensor | QTensor) -> Tensor | QTensor:
+        """The weight (O, I): in float32 where it was added to, else as it is or was saved.
+
+        Args:
+            name: the weight's.
+            joined: the tensor that holds it in what the adapter was made for.
+            tensor: its values before.
+        """
+        if whole := self._wholes.get(joined.name):
+            saved = self._stored[whole].read()
+            with located(self.weights):
+                check_finite(whole, saved)
+            tensor = dict(joined.split(saved))[name]
+        if (product := self._products.get(joined.name)) is None:
             return tensor
-        with opened(self.path / WEIGHTS, framework="pt") as file:
-            if name in self._wholes:
-                tensor = file.get_tensor(self._wholes[name])
-            if name not in self._products:
-                return tensor
-            a, b = (file.get_tensor(it).float() for it in self._products[name])
+        a, b = (self._stored[it].read().float() for it in product)
         delta = (b @ a).mul_(self.scale)  # (O, r) (r, I)
         if not bool(delta.isfinite().all()):
-            raise DamagedFileError(f"{self.path / WEIGHTS}: {name}: what it adds is not finite")
-        return as_floats(tensor).add_(delta.T if self.is_transposed else delta)
+            raise DamagedFileError(f"{self.weights}: {joined.name}: what it adds is not finite")
+        added = dict(joined.split(delta.T if self.is_transposed else delta))[name]
+        return as_floats(tensor).add_(as_floats(added))
 
 
 class AdaptedCheckpoint(Overlay):
@@ -131,7 +144,7 @@ class AdaptedCheckpoint(Overlay):
     @property
     def changed(self) -> frozenset[str]:
         """What this adapter and those below it change."""
-        return changed_in(self.base) | self._adapter.changed
+        return changed_in(self.base) | self._holders.keys()
 
     @property
     def form(self) -> str:
@@ -142,17 +155,19 @@ class AdaptedCheckpoint(Overlay):
     def config(self) -> ModelConfig:
         """The base's, with as many ids as the saved table has rows; a saved head is not tied."""
         config, wholes = self.base.config, self._adapter.wholes
-        rows = next(iter(wholes.get(EMBEDDING, ())), config.vocab_size)
-        with located(self._adapter.path / WEIGHTS, hint="the adapter is for another base"):
+        layout = self._adapter.layout(config)
+        embedding, head = map(layout.stored_name, (EMBEDDING, HEAD))
+        rows = next(iter(wholes.get(embedding, ())), config.vocab_size)
+        with located(self._adapter.weights, hint="the adapter is for another base"):
             if rows < config.vocab_size:
                 raise DamagedFileError(
-                    f"{EMBEDDING}: {rows} rows, {self.base.path} has {config.vocab_size}"
+                    f"{embedding}: {rows} rows, {self.base.path} has {config.vocab_size}"
                 )
-            config = replace(config, vocab_size=rows, tied=config.tied and HEAD not in wholes)
-            shapes = {it.hf: it.shape for it in iter_weights(config)}
-            if rows > self.base.config.vocab_size and HEAD in shapes and HEAD not in wholes:
+            config = replace(config, vocab_size=rows, tied=config.tied and head not in wholes)
+            shapes = {it.name: it.shape for it in iter_joined(config, layout)}
+            if rows > self.base.config.vocab_size and head in shapes and head not in wholes:
                 raise DamagedFileError(
-                    f"{HEAD} is missing: {EMBEDDING} has {rows} rows, the head of "
+                    f"{head} is missing: {embedding} has {rows} rows, the head of "
                     f"{self.base.path} {self.base.config.vocab_size}"
                 )
             found = {**wholes, **self._adapter.products}
@@ -163,9 +178,20 @@ class AdaptedCheckpoint(Overlay):
         """Every weight in the base's order; what is merged is float32."""
         is_untied = self.base.config.tied and not self.config.tied
         for name, tensor in self.base.tensors():
-            yield name, self._adapter.apply(name, tensor)
+            yield name, self._applied(name, tensor)
         if is_untied:  # the head was saved: nothing of the base's tensor is in it
-            yield HEAD, self._adapter.apply(HEAD, tensor)
+            yield HEAD, self._applied(HEAD, tensor)
+
+    def _applied(self, name: str, tensor: Tensor | QTensor) -> Tensor | QTensor:
+        joined = self._holders.get(name)
+        return self._adapter.apply(name, joined, tensor) if joined else tensor
+
+    @cached_property
+    def _holders(self) -> Mapping[str, Joined]:
+        """For each weight that changes the tensor that holds it."""
+        named = self._adapter.wholes.keys() | self._adapter.products.keys()
+        every = iter_joined(self.config, self._adapter.layout(self.config))
+        return {weight.hf: it for it in every if it.name in named for weight in it.weights}
 
 
 def adapter_named(text: str) -> Adapter:
@@ -211,19 +237,19 @@ def _scale(config: Mapping[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def _base_name(config: Mapping[str, Any]) -> str | None:
+    """What the model is called that it was made for, as its maker named it."""
+    name = config.get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise DamagedFileError(f"base_model_name_or_path is {brief(name)}, expected a name")
+    return shown(name) if name else None
+
+
 def _positive(config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e6:
         return float(value)
     raise DamagedFileError(f"{key} is {brief(value)}, expected a positive number")
-
-
-def _shapes(headers: Mapping[str, tuple[Shape, str]]) -> dict[str, Shape]:
-    """Of each tensor, all of them floats."""
-    for name, (_, dtype) in headers.items():
-        if dtype not in FLOATS:
-            raise DamagedFileError(f"{shown(name)}: type {dtype}, expected {', '.join(FLOATS)}")
-    return {name: shape for name, (shape, _) in headers.items()}
 
 
 def _sorted_out(shapes: Mapping[str, Shape]) -> tuple[dict[str, _Product], dict[str, str]]:

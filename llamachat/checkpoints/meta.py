@@ -13,7 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamachat.architecture import ModelConfig, config_from_meta
+from llamachat.architecture import ModelConfig, config_from_meta, meta_has_vision
+from llamachat.checkpoints.json_files import read_json
+from llamachat.checkpoints.mllama import LEFT_OUT, meta_text_part
 from llamachat.checkpoints.names import (
     Shape,
     WeightName,
@@ -21,12 +23,12 @@ from llamachat.checkpoints.names import (
     half_split_rows,
     iter_weights,
     located,
+    renamed,
     shown,
 )
 from llamachat.checkpoints.pickled import PickledTensor, read_pickled
-from llamachat.checkpoints.safetensors import read_json
-from llamachat.checkpoints.stored import check_floats, commonest_type
-from llamachat.errors import DamagedFileError
+from llamachat.checkpoints.stored import check_finite, check_floats, commonest_type
+from llamachat.errors import DamagedFileError, LlamachatError
 from llamachat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ _PARAMS = "params.json"
 _CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
+_MOST_SHARDS = 100  # that such names have room for
 _UNREAD = "rope.freqs"  # a table that is computed
 
 # Hugging Face, Meta, the axis along which shards are cut, None where each has the whole.
@@ -62,7 +65,30 @@ _KEY_VALUE = ("attention.wk", "attention.wv")
 
 def is_meta(path: Path) -> bool:
     """Whether a folder is of this form, and not (also) of Hugging Face's."""
-    return (path / _PARAMS).exists() and not (path / _CONFIG).exists()
+    if not (path / _PARAMS).exists():
+        return False
+    return not (path / _CONFIG).exists() or not any(
+        next(path.glob(weights), None) for weights in ("*.safetensors*", "pytorch_model*.bin*")
+    )
+
+
+def has_all_shards(path: Path) -> bool:
+    """Whether no `consolidated.NN.pth` is missing, by what share of a matrix the first has.
+
+    One that cannot be read counts as whole: opening the folder says what is wrong with it.
+    """
+    first = _shard(path, 0)
+    if not first.exists():
+        return False
+    try:
+        stored, dim = read_pickled(first), read_json(path / _PARAMS).get("dim", 0)
+    except LlamachatError:
+        return True
+    rows = [
+        it.shape[0] for name, it in stored.items() if name.endswith("layers.0.attention.wq.weight")
+    ]
+    n_shards = dim // max(rows[0], 1) if rows and isinstance(dim, int) else 1
+    return all(_shard(path, number).exists() for number in range(min(n_shards, _MOST_SHARDS)))
 
 
 class MetaCheckpoint:
@@ -116,6 +142,11 @@ class MetaCheckpoint:
         return {}
 
     @property
+    def left_out(self) -> str | None:
+        """The vision part of Llama 3.2 Vision."""
+        return LEFT_OUT if self._has_vision else None
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """Empty: there is none."""
         return {}
@@ -144,16 +175,24 @@ class MetaCheckpoint:
         """As many as there are files of such a name."""
         n_shards = len(list(self._path.glob("consolidated.*.pth")))
         numbers = range(max(n_shards, 1))
-        return tuple(self._path / f"consolidated.{number:02}.pth" for number in numbers)
+        return tuple(_shard(self._path, number) for number in numbers)
 
     @cached_property
     def _stored(self) -> Mapping[str, tuple[PickledTensor, ...]]:
         """Every tensor by Meta's name: its part of each shard, in their order."""
         shards = [read_pickled(path) for path in self._shards]
+        if self._has_vision:
+            shards = [
+                {ours: it[name] for ours, name in meta_text_part(it).items()} for it in shards
+            ]
         for path, shard in zip(self._shards, shards, strict=True):
             if unlike := sorted(shard.keys() ^ shards[0].keys()):
                 raise DamagedFileError(f"{path}: {shown(unlike[0])} is not in all shards")
         return {name: tuple(shard[name] for shard in shards) for name in shards[0]}
+
+    @property
+    def _has_vision(self) -> bool:
+        return meta_has_vision(read_json(self._path / _PARAMS))
 
     @property
     def _is_tied(self) -> bool:
@@ -207,6 +246,9 @@ class MetaCheckpoint:
 
         name = _meta_name(weight.hf)
         axis, parts = self._axis(name), [part.read() for part in self._stored[name]]
+        for path, part in zip(self._shards, parts, strict=True):
+            with located(path):
+                check_finite(name, part)
         if axis is None:
             return parts[0]
         if copies > 1 and _part(name) in _KEY_VALUE:
@@ -223,12 +265,12 @@ class MetaCheckpoint:
         return whole[torch.from_numpy(half_split_rows(len(whole), weight.heads))]
 
 
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"consolidated.{number:02}.pth"
+
+
 def _meta_name(hf: str) -> str:
-    name = hf.removesuffix(".weight")
-    if name in _NAMES:
-        return f"{_NAMES[name]}.weight"
-    _, _, layer, part = name.split(".", 3)
-    return f"layers.{layer}.{_NAMES[part]}.weight"
+    return renamed(hf, _NAMES, "layers.")
 
 
 def _part(name: str) -> str:

@@ -14,36 +14,38 @@ from llamachat.errors import DamagedFileError
 
 Shape = tuple[int, ...]
 
-# Hugging Face, GGUF, axes: D dim, Q and K all query and key/value heads, F hidden_dim, V vocab.
-_EMBEDDING = ("model.embed_tokens", "token_embd", "VD")
+# Axes: D dim, Q and K all query and key/value heads, F hidden_dim, V vocab.
+_EMBEDDING = ("model.embed_tokens", "VD")
 _QKV = (
-    ("self_attn.q_proj", "attn_q", "QD"),
-    ("self_attn.k_proj", "attn_k", "KD"),
-    ("self_attn.v_proj", "attn_v", "KD"),
+    ("self_attn.q_proj", "QD"),
+    ("self_attn.k_proj", "KD"),
+    ("self_attn.v_proj", "KD"),
 )
-_O = ("self_attn.o_proj", "attn_output", "DQ")
+_O = ("self_attn.o_proj", "DQ")
 _LAYER = (
-    ("input_layernorm", "attn_norm", "D"),
+    ("input_layernorm", "D"),
     *_QKV,
     _O,
-    ("post_attention_layernorm", "ffn_norm", "D"),
-    ("mlp.gate_proj", "ffn_gate", "FD"),
-    ("mlp.up_proj", "ffn_up", "FD"),
-    ("mlp.down_proj", "ffn_down", "DF"),
+    ("post_attention_layernorm", "D"),
+    ("mlp.gate_proj", "FD"),
+    ("mlp.up_proj", "FD"),
+    ("mlp.down_proj", "DF"),
 )
-_NORM = ("model.norm", "output_norm", "D")
-_HEAD = ("lm_head", "output", "VD")
+# ChatGLM-6B's, where everything has a bias.
+_GLM_LAYER = tuple(it for it in _LAYER if it[0] != "mlp.gate_proj")
+_NORM = ("model.norm", "D")
+_HEAD = ("lm_head", "VD")
+_LAYERS = "model.layers."
 
 
 @dataclass(frozen=True, slots=True)
 class WeightName:
-    """One weight: its names and the shape that the config gives it.
+    """One weight: its Hugging Face name and the shape that the config gives it.
 
     `heads` is set where rope turns the rows: how many heads they belong to.
     """
 
     hf: str
-    gguf: str
     shape: Shape
     heads: int | None = None
 
@@ -60,25 +62,43 @@ def iter_weights(config: ModelConfig) -> Iterator[WeightName]:
         "F": config.hidden_dim,
         "V": config.vocab_size,
     }
+    heads = {"self_attn.q_proj": config.n_heads, "self_attn.k_proj": config.n_kv_heads}
 
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
-
-    def weight(hf: str, gguf: str, axes: str, kind: str = "weight") -> WeightName:
+    def weight(module: str, axes: str, kind: str = "weight", *, block: str = "") -> WeightName:
         shape = tuple(sizes[axis] for axis in axes)
-        return WeightName(
-            f"{hf}.{kind}", f"{gguf}.{kind}", shape, heads.get(gguf.rpartition(".")[2])
-        )
+        return WeightName(f"{block}{module}.{kind}", shape, heads.get(module))
 
-    biased = (*(_QKV if config.qkv_bias else ()), *([_O] if config.o_bias else ()))
+    is_glm = config.prefix is not None
+    table = _GLM_LAYER if is_glm else _LAYER
+    attention = (*(_QKV if config.qkv_bias else ()), *([_O] if config.o_bias else ()))
+    biased = _GLM_LAYER if is_glm else attention
     yield weight(*_EMBEDDING)
     for layer in range(config.n_layers):
-        for hf, gguf, axes in _LAYER:
-            yield weight(f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}", axes)
-        for hf, gguf, axes in biased:
-            yield weight(f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}", axes[:1], "bias")
+        block = f"{_LAYERS}{layer}."
+        for module, axes in table:
+            yield weight(module, axes, block=block)
+        for module, axes in biased:
+            yield weight(module, axes[:1], "bias", block=block)
     yield weight(*_NORM)
+    if is_glm:
+        yield weight(*_NORM, "bias")
     if not config.tied:
         yield weight(*_HEAD)
+
+
+def renamed(hf: str, modules: Mapping[str, str], layers: str) -> str:
+    """What another form calls the weight that Hugging Face's Llama calls `hf`.
+
+    Args:
+        hf: "model.layers.3.mlp.up_proj.weight"...
+        modules: the form's names of modules; a module of a layer that is not there keeps its own.
+        layers: what stands before the number of a layer.
+    """
+    module, _, kind = hf.rpartition(".")
+    if not module.startswith(_LAYERS):
+        return f"{modules[module]}.{kind}"
+    layer, _, part = module.removeprefix(_LAYERS).partition(".")
+    return f"{layers}{layer}.{modules.get(part, part)}.{kind}"
 
 
 def check_shapes(found: Mapping[str, Shape], expected: Iterable[tuple[str, Shape]]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llamachat.quant.tensor import QTensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "ice_text.model")
 
 
 class Overlay(ABC):
@@ -67,6 +67,11 @@ class Overlay(ABC):
     def generation(self) -> Mapping[str, Any]:
         """The base's."""
         return self.base.generation
+
+    @property
+    def left_out(self) -> str | None:
+        """The base's."""
+        return self.base.left_out
 
     @property
     def metadata(self) -> Mapping[str, Any]:

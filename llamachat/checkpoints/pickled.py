@@ -149,6 +149,8 @@ class _Members:
         self._file = file
         self._n_bytes = file.seek(0, os.SEEK_END)
         self._members = {info.filename: info for info in archive.infolist()}
+        if len(self._members) < len(archive.infolist()):
+            raise DamagedFileError("a member is there twice, expected each once")
         pickles = [name for name in self._members if name.endswith(_PICKLE)]
         if len(pickles) != 1:
             raise DamagedFileError(f"{len(pickles)} members named *{_PICKLE}, expected one")

@@ -18,13 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from llamachat.architecture import ModelConfig, brief
 from llamachat.checkpoints.gguf import GgufCheckpoint
 from llamachat.checkpoints.meta import MetaCheckpoint, is_meta
+from llamachat.checkpoints.names import located
 from llamachat.checkpoints.quantized_layout import PARTS, Kept, StoredWeight, expect, layouts
-from llamachat.checkpoints.safetensors import FolderCheckpoint, opened
+from llamachat.checkpoints.safetensors import FolderCheckpoint, opened, read_header
+from llamachat.checkpoints.stored import check_finite
 from llamachat.errors import DamagedFileError, TransferError
 from llamachat.tokenizer import Tokenizer
 
@@ -40,6 +42,7 @@ VERSION = "1"
 SEAL = "sha256"  # the tensor that holds the header's
 MAGIC = f'{{"__metadata__":{{"format":"{FORMAT}"'.encode()  # after the 8 bytes of length
 
+_BIASED = "model.layers.0.self_attn.{}_proj.bias"  # as the first layer, so are all
 _CHUNK_BYTES = 1 << 20
 _HINT = "it is no longer as it was written: delete the folder, or quantize again with --force"
 
@@ -137,7 +140,11 @@ class QuantizedCheckpoint:
         embedding = self._embedding_rows()
         tied = not {"lm_head.weight", "lm_head.weight.codes"} & stored.keys()
         if isinstance(self._frame, GgufCheckpoint | MetaCheckpoint):
-            config = self._frame.declared_config(tied=tied, vocab_size=embedding)
+            config = replace(
+                self._frame.declared_config(tied=tied, vocab_size=embedding),
+                qkv_bias=_BIASED.format("q") in stored,
+                o_bias=_BIASED.format("o") in stored,
+            )
         else:
             config = replace(self._frame.declared_config, tied=tied)
         with _blamed(self._path / WEIGHTS):
@@ -160,6 +167,11 @@ class QuantizedCheckpoint:
     def generation(self) -> Mapping[str, Any]:
         """The source's own."""
         return self._frame.generation
+
+    @property
+    def left_out(self) -> str | None:
+        """The source's."""
+        return self._frame.left_out
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -240,8 +252,9 @@ class QuantizedCheckpoint:
     def _header(self) -> tuple[Facts, Mapping[str, Kept]]:
         path = self._path / WEIGHTS
         with _blamed(), opened(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            stored = {name: (it.get_dtype(), tuple(it.get_shape())) for name, it in slices.items()}
+            stored: dict[str, Kept] = {
+                name: (it.dtype, it.shape) for name, it in read_header(path).items()
+            }
             metadata = file.metadata() or {}
         with _blamed(path):
             expect(SEAL, stored.pop(SEAL, None), ("U8", (32,)))
@@ -263,16 +276,19 @@ def _read(file: Any, weight: StoredWeight, sha256: str, path: Path) -> tuple[str
         names = {part: f"{weight.name}.{part}" for part in PARTS}
         found = {p: file.get_tensor(name) for p, name in names.items() if name in there}
     digest = hashlib.sha256()
-    for tensor in found.values():
-        digest.update(raw_bytes(tensor))
+    for part in found.values():
+        digest.update(raw_bytes(part))
     if digest.hexdigest() != sha256:
         raise DamagedFileError(f"{path}: {weight.name} has another sha256", hint=_HINT)
     if weight.bits is None:
-        return weight.name, found[""]
-    assert weight.group_size is not None
-    return weight.name, QTensor(
-        **found, bits=4 if weight.bits == 4 else 8, group_size=weight.group_size
-    )
+        tensor: Tensor | QTensor = found[""]
+    else:
+        assert weight.group_size is not None
+        bits: Literal[4, 8] = 4 if weight.bits == 4 else 8
+        tensor = QTensor(**found, bits=bits, group_size=weight.group_size)
+    with located(path):
+        check_finite(weight.name, tensor)
+    return weight.name, tensor
 
 
 def _facts(metadata: Mapping[str, str]) -> Facts:

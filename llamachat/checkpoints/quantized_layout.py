@@ -57,7 +57,7 @@ def layouts(stored: Mapping[str, Kept], config: ModelConfig) -> tuple[StoredWeig
         weights.append(_layout(stored, name, shape))
         unread -= {name, *(f"{name}.{part}" for part in PARTS)}
     if ROPE_FREQS in unread:
-        weights.append(_layout(stored, ROPE_FREQS, (config.head_dim // 2,)))
+        weights.append(_layout(stored, ROPE_FREQS, (config.rope_pairs,)))
         unread.remove(ROPE_FREQS)
     if unread:
         raise DamagedFileError(f"{shown(min(unread))}: the config says there is no such tensor")

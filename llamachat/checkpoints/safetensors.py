@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from llamachat.architecture import CHATGLM, ModelConfig, brief, config_from_hf
-from llamachat.checkpoints import bnb, chatglm
-from llamachat.checkpoints.names import Shape, check_shapes, iter_weights, located, shown
+from llamachat.architecture import (
+    CHATGLM,
+    MLLAMA,
+    ModelConfig,
+    brief,
+    config_from_hf,
+    text_config,
+    text_layers,
+)
+from llamachat.checkpoints import bnb, chatglm, mllama
+from llamachat.checkpoints.joined import HUGGING_FACE, Layout, iter_joined
+from llamachat.checkpoints.json_files import read_json, read_text, unique
+from llamachat.checkpoints.names import Shape, check_shapes, located, shown
 from llamachat.checkpoints.pickled import read_pickled
-from llamachat.checkpoints.stored import Stored, check_floats, commonest_type
-from llamachat.errors import DamagedFileError, TransferError
+from llamachat.checkpoints.stored import Stored, check_finite, check_floats, commonest_type
+from llamachat.errors import DamagedFileError, TransferError, UsageError
 from llamachat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
     from llamachat.quant.tensor import QTensor
 
 _CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA
 _GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
@@ -37,9 +48,9 @@ _PICKLED = "pytorch_model.bin"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _SMALL_FILES = (
     *(_CONFIG, _GENERATION, _TOKENIZER_CONFIG, _TEMPLATE, _INDEX, _PICKLED_INDEX),
-    *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", "tokenizer.model", "ice_text.model"),
+    *("special_tokens_map.json", "added_tokens.json"),
 )
-_MAX_TEXT_BYTES = 64 * 2**20
 _HEAD = "lm_head.weight"
 _UNREAD = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")  # a table that is computed
 
@@ -81,7 +92,7 @@ class FolderCheckpoint:
     def config(self) -> ModelConfig:
         """The architecture; the presence, shape and type of every tensor agree with it."""
         config = self.declared_config
-        if self._head not in self._stored:
+        if self._head(config) not in self._stored:
             config = replace(config, tied=True)
         quantized = self._quantized
         with located(self._path):
@@ -93,6 +104,7 @@ class FolderCheckpoint:
         """What config.json says, not compared with any tensor."""
         path = self._path / _CONFIG
         if not path.exists():
+            self._refuse_adapter()
             raise DamagedFileError(
                 f"{path}: no such file, expected the model's architecture",
                 hint=f"name a GGUF file, or the folder that holds {_CONFIG} and *.safetensors",
@@ -114,10 +126,11 @@ class FolderCheckpoint:
         """`chat_template.jinja`, else the (default) template of `tokenizer_config.json`."""
         path = self._path / _TEMPLATE
         if path.exists():
-            return _read_text(path)
+            return read_text(path)
         path = self._path / _TOKENIZER_CONFIG
         template = read_json(path).get("chat_template")
-        if template is None and self._is_chatglm:
+        is_chatglm2 = self._is(CHATGLM) and self.declared_config.prefix is None
+        if template is None and is_chatglm2:
             return chatglm.CHAT_TEMPLATE
         with located(path):
             return _default_template(template)
@@ -126,6 +139,11 @@ class FolderCheckpoint:
     def generation(self) -> Mapping[str, Any]:
         """`generation_config.json`, empty where there is none."""
         return read_json(self._path / _GENERATION)
+
+    @property
+    def left_out(self) -> str | None:
+        """The vision part of Llama 3.2 Vision."""
+        return mllama.LEFT_OUT if self._is(MLLAMA) else None
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -141,32 +159,48 @@ class FolderCheckpoint:
             self._path,
             bos_id=bos_ids[0] if bos_ids else None,
             eos_ids=self._token_ids("eos_token_id"),
-            appended=chatglm.APPENDED_TOKENS if self._is_chatglm else (),
+            appended=chatglm.APPENDED_TOKENS if self._is(CHATGLM) else (),
+            n_ids=self.declared_config.vocab_size if self._is(MLLAMA) else None,
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight by its name, in the order of a forward pass; a tied head is left out."""
-        if self._is_chatglm:
-            for joined in chatglm.iter_joined(self.config):
-                yield from joined.split(self._read(joined.name))
-            return
-        for weight in iter_weights(self.config):
-            yield weight.hf, self._read(weight.hf)
+        for joined in iter_joined(self.config, self._layout(self.config)):
+            yield from joined.split(self._read(joined.name))
 
-    @property
-    def _is_chatglm(self) -> bool:
-        return read_json(self._path / _CONFIG).get("model_type") == CHATGLM
+    def _refuse_adapter(self) -> None:
+        has_files = [(self._path / name).exists() for name in (_CONFIG, ADAPTER_CONFIG)]
+        if has_files == [False, True]:
+            raise UsageError(
+                f"{self._path} is no whole model: it is a LoRA, to be added to one",
+                hint=f"llamachat chat -m MODEL --lora {self._path}",
+            )
 
-    @property
-    def _head(self) -> str:
-        return chatglm.stored_name(_HEAD) if self._is_chatglm else _HEAD
+    def _is(self, model_type: str) -> bool:
+        return read_json(self._path / _CONFIG).get("model_type") == model_type
+
+    def _layout(self, config: ModelConfig) -> Layout:
+        return chatglm.layout(config) if self._is(CHATGLM) else HUGGING_FACE
+
+    def _head(self, config: ModelConfig) -> str:
+        return self._layout(config).stored_name(_HEAD)
 
     @cached_property
     def _stored(self) -> Mapping[str, Stored]:
-        """Every tensor, found through the index where there is one."""
+        """Every tensor; of Llama 3.2 Vision those of its text part, by Llama's names."""
+        if not self._is(MLLAMA):
+            return self._found
+        with located(self._path):
+            layers = text_layers(read_json(self._path / _CONFIG))
+            return mllama.text_part(self._found, layers, self.declared_config.vocab_size)
+
+    @property
+    def _found(self) -> Mapping[str, Stored]:
+        """Every tensor by its name in the file, found through the index where there is one."""
         if self._index is None:
-            return _read_header(*self._weight_files)
-        headers = {path.name: _read_header(path) for path in self._weight_files}
+            self._refuse_adapter()
+            return read_header(*self._weight_files)
+        headers = {path.name: read_header(path) for path in self._weight_files}
         stored = {}
         for name, shard in self._weight_map.items():
             if name not in headers[shard]:
@@ -186,9 +220,14 @@ class FolderCheckpoint:
         with located(self._path):
             described = list(bnb.described(self._stored))
         for path in {self._stored[name].path for name in described}:
-            names = [name for name in described if self._stored[name].path == path]
+            found = {name: self._stored[name] for name in described}
+            names = {
+                name: it.name
+                for name, it in found.items()
+                if isinstance(it, _Stored) and it.path == path
+            }
             with opened(path, framework="numpy") as file:  # without torch
-                contents |= {name: file.get_tensor(name).tobytes() for name in names}
+                contents |= {ours: file.get_tensor(it).tobytes() for ours, it in names.items()}
         with located(self._path):
             return bnb.quantized(self._stored, contents)
 
@@ -197,7 +236,10 @@ class FolderCheckpoint:
             return self._stored[name].read()
 
         weight = self._quantized.get(name)
-        return weight.read(tensor) if weight else tensor(name)
+        found = weight.read(tensor) if weight else tensor(name)
+        with located(self._stored[name].path):
+            check_finite(name, found)
+        return found
 
     @property
     def _is_pickled(self) -> bool:
@@ -247,18 +289,14 @@ class FolderCheckpoint:
         shapes: dict[str, Shape] = {name: stored.shape for name, stored in floats.items()}
         shapes |= {name: weight.shape for name, weight in quantized.items()}
         if config.tied:
-            shapes.pop(self._head, None)
-        expected = (
-            ((joined.name, joined.shape) for joined in chatglm.iter_joined(config))
-            if self._is_chatglm
-            else ((weight.hf, weight.shape) for weight in iter_weights(config))
-        )
-        check_shapes(shapes, expected)
+            shapes.pop(self._head(config), None)
+        expected = iter_joined(config, self._layout(config))
+        check_shapes(shapes, ((it.name, it.shape) for it in expected))
         check_floats(floats, shapes.keys() & floats.keys())
 
     def _token_ids(self, key: str) -> tuple[int, ...]:
         for path in (self._path / _GENERATION, self._path / _CONFIG):
-            value = read_json(path).get(key)
+            value = text_config(read_json(path)).get(key)
             if value is None:
                 continue
             ids = value if isinstance(value, list) else [value]
@@ -284,16 +322,25 @@ def _default_template(template: Any) -> str | None:
     raise DamagedFileError(f"chat_template is {brief(template)}, expected a string")
 
 
-def _read_header(path: Path) -> Mapping[str, Stored]:
-    """Names, shapes and types, every offset checked against the file's size."""
+def read_header(path: Path) -> Mapping[str, Stored]:
+    """Every tensor of one file, each offset checked against its size. Torch-free.
+
+    Raises:
+        DamagedFileError: as `opened`, or a tensor is there twice.
+        TransferError: it cannot be read.
+    """
     if path.suffix == ".bin":
         return read_pickled(path)
-    with opened(path, framework="numpy") as file:  # without torch, and no array is made
+    with opened(path, framework="numpy") as file:  # no array is made
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        return {
+        stored = {
             name: _Stored(path, name, tuple(it.get_shape()), it.get_dtype())
             for name, it in slices.items()
         }
+    with path.open("rb") as stream, located(path):
+        header = stream.read(int.from_bytes(stream.read(8), "little"))  # the library has checked it
+        json.loads(header, object_pairs_hook=unique)  # but takes the last of two
+    return stored
 
 
 @contextmanager
@@ -317,29 +364,3 @@ def opened(path: Path, *, framework: str) -> Iterator[Any]:
         raise DamagedFileError(f"{path}: {reason}", hint="fetch the file again") from error
     except OSError as error:
         raise TransferError(f"{path}: {error.strerror or error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        n_bytes = path.stat().st_size
-        if n_bytes > _MAX_TEXT_BYTES:
-            raise DamagedFileError(f"{path}: {n_bytes} bytes, expected at most {_MAX_TEXT_BYTES}")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        found = f"{error.object[error.start : error.start + 1]!r} at byte {error.start}"
-        raise DamagedFileError(f"{path}: {found} is not UTF-8") from error
-    except OSError as error:
-        raise TransferError(f"{path}: {error.strerror or error}") from error
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object, empty where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-        raise DamagedFileError(f"{path}: not JSON: {error}", hint="fetch the file again") from error
-    if not isinstance(values, dict):
-        raise DamagedFileError(f"{path}: {brief(values)}, expected a JSON object")
-    return values

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llamachat.cli import bench, chat, doctor, eval, merge, models, quantize, tokenize
+from llamachat.cli import bench, chat, compare, doctor, eval, merge, models, quantize, tokenize
 from llamachat.errors import LlamachatError, UsageError
 from llamachat.terminal import output
 from llamachat.terminal.failure import show_failure
@@ -132,6 +132,7 @@ def top(
 
 for name, command in (
     ("chat", chat.chat),
+    ("compare", compare.compare),
     ("pull", models.pull),
     ("list", models.list_models),
     ("show", models.show),

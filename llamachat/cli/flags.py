@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+if TYPE_CHECKING:
+    from llamachat.terminal.failure import Notices
+    from llamachat.terminal.opening import Run
 
-def option(*names: str, help: str, metavar: str | None = None, minimum: int | None = None) -> Any:
+
+def option(
+    *names: str,
+    help: str,
+    metavar: str | None = None,
+    minimum: int | None = None,
+    maximum: int | None = None,
+) -> Any:
     """An option whose help is one line. The variable that sets it is told once, for all."""
     return typer.Option(
-        *names, help=help, metavar=metavar, min=minimum, show_default=False, show_envvar=False
+        *names,
+        help=help,
+        metavar=metavar,
+        min=minimum,
+        max=maximum,
+        show_default=False,
+        show_envvar=False,
     )
 
 
@@ -24,14 +42,55 @@ Offline = Annotated[bool, option("--offline", help="Never use the network.")]
 Text = Optional[str]  # noqa: UP045
 Number = Optional[int]  # noqa: UP045
 Fraction = Optional[float]  # noqa: UP045
+Texts = Optional[list[str]]  # noqa: UP045
+File = Optional[Path]  # noqa: UP045
+Paths = Optional[list[Path]]  # noqa: UP045
 Revision = Annotated[
     Text, option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository.")
 ]
 TokenFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    File,
     option("--hf-token-file", metavar="FILE", help="File that holds the Hub token."),
 ]
+# What is asked, and what ends a reply.
+Question = Annotated[
+    Text, typer.Argument(metavar="PROMPT", help="The question.", show_envvar=False)
+]
+ModelName = Annotated[
+    Text, option("--model", "-m", metavar="MODEL", help="Alias, org/name, or path.")
+]
+Prompt = Annotated[Text, option("--prompt", "-p", metavar="TEXT", help="PROMPT as an option.")]
+Files = Annotated[
+    Paths,
+    option("--file", "-f", metavar="FILE", help="Goes before PROMPT; - is stdin; repeatable."),
+]
+System = Annotated[Text, option("--system", "-s", metavar="TEXT", help="System message.")]
+SystemFile = Annotated[
+    File, option("--system-file", metavar="FILE", help="System message from a file.")
+]
+MaxNewTokens = Annotated[
+    Number,
+    option("--max-new-tokens", "-n", metavar="N", minimum=1, help="Tokens a reply may have."),
+]
+Template = Annotated[
+    Text,
+    option("--template", metavar="NAME", help="Built-in template; none: plain completion."),
+]
+Stop = Annotated[Texts, option("--stop", metavar="TEXT", help="Ends a reply; repeatable.")]
+StopLoops = Annotated[
+    int,
+    option("--stop-loops", metavar="N", minimum=0, help="End what repeats N times; 0 is off."),
+]
 # How a model is run.
+CtxSize = Annotated[
+    Number,
+    option("--ctx-size", "-c", metavar="N", minimum=1, help="Context [default: the model's]."),
+]
+Device = Annotated[str, option("--device", metavar="NAME", help="auto, cpu.")]
+Lora = Annotated[
+    Texts,
+    option("--lora", metavar="PATH[:SCALE]", help="Adapter to merge in; repeatable."),
+]
 Threads = Annotated[
     Number, option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]")
 ]
@@ -43,3 +102,124 @@ Quantize = Annotated[
     str, option("--quantize", metavar="FORM", help="auto, none, int8, int4, nf4, fp4, llm-int8.")
 ]
 KvCache = Annotated[str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")]
+
+# How the next token is chosen.
+Strategy = Annotated[
+    Text,
+    option("--strategy", metavar="NAME", help="greedy, random, top-k[:40], top-p[:0.9], beam[:4]."),
+]
+Temperature = Annotated[
+    Fraction, option("--temperature", "--temp", metavar="T", help="0 is greedy.")
+]
+TopK = Annotated[
+    Number, option("--top-k", metavar="K", help="Draw from the K likeliest; 0 is off.")
+]
+TopP = Annotated[
+    Fraction, option("--top-p", metavar="P", help="Draw from the nucleus of mass P; 1 is off.")
+]
+MinP = Annotated[
+    Fraction, option("--min-p", metavar="P", help="Nothing below P of the best; 0 is off.")
+]
+TypicalP = Annotated[
+    Fraction, option("--typical-p", metavar="P", help="The most typical of mass P; 1 is off.")
+]
+EpsilonCutoff = Annotated[
+    Fraction, option("--epsilon-cutoff", metavar="E", help="Nothing below E; 0 is off.")
+]
+EtaCutoff = Annotated[
+    Fraction,
+    option("--eta-cutoff", metavar="E", help="The same, lower at high entropy; 0 is off."),
+]
+Samplers = Annotated[
+    Text,
+    option(
+        "--samplers",
+        metavar="ORDER",
+        help='Filters that run, in order: "top_k;temperature"; or hf, llama.cpp.',
+    ),
+]
+RepetitionPenalty = Annotated[
+    Fraction,
+    option(
+        "--repetition-penalty",
+        "--repeat-penalty",
+        metavar="R",
+        help="Divides logits of what was there; 1 is off.",
+    ),
+]
+FrequencyPenalty = Annotated[
+    Fraction,
+    option("--frequency-penalty", metavar="F", help="Off a logit for each time; 0 is off."),
+]
+PresencePenalty = Annotated[
+    Fraction, option("--presence-penalty", metavar="F", help="Off a logit once; 0 is off.")
+]
+NoRepeatNgramSize = Annotated[
+    Number,
+    option("--no-repeat-ngram-size", metavar="N", help="No N tokens twice; 0 is off."),
+]
+BadWord = Annotated[Texts, option("--bad-word", metavar="TEXT", help="Never said; repeatable.")]
+LogitBias = Annotated[
+    Texts, option("--logit-bias", metavar="ID=X", help="Added to a token's logit; repeatable.")
+]
+NumBeams = Annotated[
+    Number, option("--num-beams", metavar="N", minimum=1, help="Beams to keep, up to 16.")
+]
+LengthPenalty = Annotated[
+    Fraction,
+    option("--length-penalty", metavar="X", help="Of beams: above 0 favours long replies."),
+]
+EarlyStopping = Annotated[
+    Text, option("--early-stopping", metavar="WHEN", help="Of beams: true, false or never.")
+]
+BeamGroups = Annotated[
+    Number, option("--beam-groups", metavar="N", minimum=1, help="Beams in groups that differ.")
+]
+DiversityPenalty = Annotated[
+    Fraction,
+    option("--diversity-penalty", metavar="X", help="Of a token that a group before chose."),
+]
+With = Annotated[
+    Texts,
+    option(
+        "--with",
+        metavar="SPEC",
+        help="One way to answer: greedy, beam:4, top-p:0.9,seed=7,quantize=int4; repeatable.",
+    ),
+]
+Seed = Annotated[Number, option("--seed", metavar="N", help="Of every draw [default: drawn].")]
+
+
+def run_of(flags: Mapping[str, Any], notices: Notices) -> Run:
+    """What the flags of a command that answers say: its parameters, by their names.
+
+    Raises:
+        UsageError: one of them cannot be read.
+    """
+    from llamachat.chat.options import Said, parse_bias, parse_samplers
+    from llamachat.terminal import question
+    from llamachat.terminal.opening import Run
+
+    parsers: Mapping[str, Callable[[Any], Any]] = {
+        "samplers": parse_samplers,
+        "logit_bias": parse_bias,
+        "bad_words": tuple,
+    }
+    words = {**flags, "bad_words": flags["bad_word"]}
+    said: dict[str, Any] = {
+        field.name: parsers.get(field.name, lambda word: word)(words[field.name])
+        for field in fields(Said)
+        if words.get(field.name) not in (None, [])
+    }
+    plain = {field.name: flags.get(field.name) for field in fields(Run)}
+    read = {
+        "said": Said(**said),
+        "system": question.system_message(flags["system"], flags["system_file"], notices),
+        "lora": tuple(flags["lora"] or ()),
+        "stop": tuple(question.valid(text, "--stop", notices) for text in flags["stop"] or ()),
+        "logprobs": flags.get("logprobs", 0),
+        "speculate": flags.get("speculate", 0),
+        "token": question.token(flags["hf_token_file"], notices),
+        "notices": notices,
+    }
+    return Run(**{**plain, **read})

@@ -37,11 +37,11 @@ def merge(
     rows = next((known for known in ("mean", "zero") if known == new_rows), None)
     if new_rows is not None and rows is None:
         raise UsageError(f"--new-rows is {new_rows!r}, expected one of mean, zero")
+    notices = Notices(quiet=quiet)
     with download_progress(quiet=quiet) as progress:
-        notices = Notices(quiet=quiet)
         located = resolve(base, offline=offline, notice=notices, progress=progress)
     with quantizing_progress(quiet=quiet, doing="merging") as told:
         from llamachat.loading.merging import merge
 
-        merge(located.path, changes, output, new_rows=rows, progress=told)
+        merge(located, changes, output, new_rows=rows, notice=notices, progress=told)
     write(f"{output}\n")

@@ -36,6 +36,7 @@ def pull(
             token=token(hf_token_file, notices),
             offline=offline,
             force=force,
+            whole=False,
             notice=notices,
             progress=progress,
         )

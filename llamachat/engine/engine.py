@@ -7,19 +7,23 @@ after a pass, so a reply may be abandoned (closed, interrupted) at any point.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
-from llamachat.engine.decoding import Decoding, Start, Strategy
-from llamachat.engine.events import Done, EngineEvent, Prefill, Token
+from llamachat.engine.decoding import Commit, Decoding, Start, check_one_row
+from llamachat.engine.draft import Drafts
+from llamachat.engine.events import EngineEvent, Prefill
+from llamachat.engine.probabilities import check_count
 from llamachat.engine.rows import SlotTable
+from llamachat.engine.running import Running, indexed, running
 from llamachat.errors import DamagedFileError, PromptTooLongError, UsageError
 from llamachat.kernels import Batch
-from llamachat.model.decoder import Decoder
+from llamachat.model import LanguageModel
 
 CHUNK = 256  # prompt tokens a pass: as fast as 512, and Ctrl-C lands sooner
 
@@ -35,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         *,
         ctx_size: int,
         stop_ids: frozenset[int] = frozenset(),
@@ -84,10 +88,17 @@ class Engine:
         max_new_tokens: int | None = None,
         stop_ids: frozenset[int] | None = None,
         ends: Callable[[Sequence[int]], bool] | None = None,
+        logprobs: int = 0,
+        draft: int = 0,
+        stop_loops: int = 0,
         turn: int = 0,
         attempt: int = 0,
-    ) -> Iterator[EngineEvent]:
+        continued: int = 0,
+    ) -> Generator[EngineEvent, None, None]:
         """Run what of `ids` is not in the cache, then decode.
+
+        Of KeyboardInterrupt a reply is told first: what it still held back comes before it leaves.
+        Several rows share one context: they may fill it, and end the reply, before one alone would.
 
         Args:
             ids: the whole prompt; the longest prefix that the cache holds is not run again.
@@ -95,24 +106,53 @@ class Engine:
             max_new_tokens: at most so many ids; default and bound: what is left of the context.
             stop_ids: ids that end the reply; default the model's own, empty for none.
             ends: whether a reply so far ends here.
+            logprobs: with every token come its probabilities and those of so many alternatives.
+            draft: run at most so many tokens ahead that the text so far suggests; what is chosen
+                is the same (to the tolerance of the backend; native has none).
+            stop_loops: end a reply that repeats itself so many times; 0 for never.
             turn: with `attempt`, part of the key of every draw.
             attempt: see `turn`.
+            continued: how many ids at the end of `ids` are the beginning of this reply.
+
+        Raises:
+            PromptTooLongError: the prompt leaves no room in the context.
+            UsageError: there is no prompt, an id is not in the vocabulary, more alternatives are
+                asked for than `MOST`, or several rows should have drafts or probabilities.
+        """
+        check_count(logprobs)
+        check_one_row(decoding, draft=draft, logprobs=logprobs)
+        start = self._start(ids, max_new_tokens, stop_ids, ends, (turn, attempt))
+        start = replace(start, logprobs=logprobs > 0, continued=continued)
+        reply = running(start, decoding, logprobs=logprobs, stop_loops=stop_loops)
+        return self._reply(reply, Drafts(ids, draft))
+
+    def generate_many(
+        self,
+        ids: Sequence[int],
+        decodings: Sequence[Decoding],
+        *,
+        max_new_tokens: int | None = None,
+        stop_ids: frozenset[int] | None = None,
+        ends: Callable[[Sequence[int]], bool] | None = None,
+        stop_loops: int = 0,
+        turn: int = 0,
+        attempt: int = 0,
+    ) -> Generator[tuple[int, EngineEvent], None, None]:
+        """Run what of `ids` is not in the cache once, then decode several replies side by side.
+
+        Yields events, each with the index of its decoding. Every reply is the one that `generate`
+        gives, to the tolerance of the backend; it has rows of its own in the passes that all share.
+        The first one's `Prefill` tells what is run, those of the others that nothing is. All share
+        one context: where it is full the last ones end first. See `generate` for the arguments.
 
         Raises:
             PromptTooLongError: the prompt leaves no room in the context.
             UsageError: there is no prompt, or an id is not in the vocabulary.
         """
-        room = self._room(ids)
-        decoding = decoding.seeded(secrets.randbits(32))
-        start = Start(
-            prompt=tuple(ids),
-            stop_ids=self.stop_ids if stop_ids is None else stop_ids,
-            max_new_tokens=room if max_new_tokens is None else min(max_new_tokens, room),
-            key=(decoding.seed or 0, turn, attempt),
-            device=str(self._device),
-            ends=ends,
+        start = self._start(ids, max_new_tokens, stop_ids, ends, (turn, attempt))
+        return self._replies(
+            [running(start, it, stop_loops=stop_loops, scored=True) for it in decodings]
         )
-        return self._reply(start, decoding.start(start))
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, V) float32 of every position of `ids`; what the cache holds stays untouched."""
@@ -123,71 +163,191 @@ class Engine:
         self._check_ids(ids)
         slots = SlotTable(len(ids), device=self._device)
         cache = self.decoder.new_cache(len(ids), self.kv_cache)
-        for start in range(0, len(ids), self._chunk):
-            chunk = ids[start : start + self._chunk]
+        for start, end in self._passes(ids):
+            chunk = ids[start:end]
             n_wanted = min(len(chunk), start + len(chunk) - first)
-            batch, new = self._batch(slots, chunk, wanted=max(1, n_wanted))
-            logits = self.decoder(batch, cache)
-            slots.append(0, chunk, new)
+            rows = [0] * len(chunk)
+            logits = self.decoder(self._batch(slots, rows, chunk, max(1, n_wanted)), cache)
+            slots.append(rows, chunk)
             if n_wanted > 0:
                 yield logits
 
-    def _reply(self, start: Start, strategy: Strategy) -> Iterator[EngineEvent]:
-        logits = yield from self._prefill(start.prompt)
-        for step in range(start.max_new_tokens):
-            commit = strategy.accept(strategy.choose(logits, torch.tensor(step)))
-            for token in commit.ids:
-                yield Token(token)
-            if commit.done:
-                yield Done(commit.finish_reason or "stop")
-                return
-            logits = self._run(commit.ids)
-        yield Done("length")
+    def _start(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int | None,
+        stop_ids: frozenset[int] | None,
+        ends: Callable[[Sequence[int]], bool] | None,
+        key: tuple[int, int],
+    ) -> Start:
+        """What a reply begins with, for any seed."""
+        room = self._room(ids)
+        return Start(
+            prompt=tuple(ids),
+            stop_ids=self.stop_ids if stop_ids is None else stop_ids,
+            max_new_tokens=room if max_new_tokens is None else min(max_new_tokens, room),
+            key=(0, *key),
+            device=str(self._device),
+            ends=ends,
+        )
+
+    def _reply(self, reply: Running, drafts: Drafts) -> Generator[EngineEvent, None, None]:
+        logits = yield from self._prefill(reply.start.prompt)
+        try:
+            while not reply.is_over:
+                yield from reply.choose(logits)
+                if reply.is_over or len(reply.commit.rows) > self._slots.n_free:
+                    break
+                logits = self._step(reply.commit, drafts, room=reply.left - 1)
+        except KeyboardInterrupt:
+            yield from reply.rest()
+            raise
+        self._keep_row_of(reply.ids)
+        yield from reply.end(drafts.speculation)
+
+    def _replies(
+        self, replies: Sequence[Running]
+    ) -> Generator[tuple[int, EngineEvent], None, None]:
+        prompt = replies[0].start.prompt
+        logits = yield from indexed(0, self._prefill(prompt))
+        yield from ((i, Prefill(0, 0, len(prompt))) for i in range(1, len(replies)))
+        rows = [[0] for _ in replies]  # of the table, those that each reply has
+        following = dict.fromkeys(range(len(replies)), logits)  # what those choose from that go on
+        try:
+            while following:
+                for i, of_its_rows in following.items():
+                    if not replies[i].is_over:
+                        yield from indexed(i, replies[i].choose(of_its_rows))
+                    if replies[i].is_over:
+                        rows[i] = [self._row_like(replies[i].ids, rows[i])]
+                        yield from indexed(i, replies[i].end())
+                following = self._step_of_all(replies, rows)
+        except KeyboardInterrupt:
+            for i in following:
+                yield from indexed(i, replies[i].rest())
+            raise
+        for i, reply in enumerate(replies):  # those that the context had no room for
+            if not reply.is_over:
+                yield from indexed(i, reply.end())
 
     def _prefill(self, ids: Sequence[int]) -> Generator[Prefill, None, Tensor]:
         """Run the prompt; returns the last token's logits (1, V)."""
-        reused = min(self._slots.common_prefix(0, ids), len(ids) - 1)
+        self._keep_row_of(ids)
+        reused = min(self._reusable(ids), len(ids) - 1)
         with self._all_or_nothing():
             self._slots.truncate(0, reused)
         total = len(ids) - reused
         yield Prefill(0, total, reused)
-        for done in range(0, total, self._chunk):
-            chunk = ids[reused + done : reused + done + self._chunk]
-            logits = self._run(chunk)
-            yield Prefill(done + len(chunk), total, reused)
+        for start, end in self._passes(ids, reused):
+            logits = self._run([0] * (end - start), ids[start:end], wanted=1)
+            yield Prefill(end - reused, total, reused)
         return logits
 
-    def _run(self, ids: Sequence[int]) -> Tensor:
-        """One pass; returns the last token's logits (1, V), of which no choice can fail."""
-        batch, slots = self._batch(self._slots, ids, wanted=1)
-        logits = self.decoder(batch, self._cache)
+    def _reusable(self, ids: Sequence[int]) -> int:
+        """How many leading ids the cache holds, as they would be run."""
+        common = self._slots.common_prefix(0, ids)
+        unbroken = max(map(self.decoder.unbroken, (ids, self.held)))
+        return common if common >= unbroken else 0
+
+    def _passes(self, ids: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
+        """From where to where each pass goes."""
+        end = max(start + self._chunk, self.decoder.unbroken(ids))
+        while start < len(ids):
+            yield start, min(end, len(ids))
+            start, end = end, end + self._chunk
+
+    def _step(self, commit: Commit, drafts: Drafts, room: int) -> Tensor:
+        """Logits (B, V) after what was chosen, a row for each branch that has a token."""
+        if not commit.rows:
+            (token,) = commit.ids
+            return self._decode(token, drafts, room)
+        self._fork([[branch.parent for branch in commit.rows]])
+        tokens = [branch.token for branch in commit.rows if branch.token is not None]
+        return self._run(range(len(tokens)), tokens, wanted=len(tokens))
+
+    def _step_of_all(self, replies: Sequence[Running], rows: list[list[int]]) -> dict[int, Tensor]:
+        """Logits (B, V) of each reply that goes on, of one pass over the tokens of all.
+
+        There are none where the context has no room for it. Updates the rows that each has; of a
+        reply that is over one is kept, while there is room.
+        """
+        n_needed = sum(b.token is not None for reply in replies for b in reply.branches)
+        if n_needed > self._slots.n_free:
+            going = zip(replies, rows, strict=True)
+            rows[:] = self._fork([[] if reply.is_over else own for reply, own in going])
+        if not 0 < n_needed <= self._slots.n_free:
+            return {}
+        branches = [reply.branches if own else () for reply, own in zip(replies, rows, strict=True)]
+        parents = [[own[b.parent] for b in to] for own, to in zip(rows, branches, strict=True)]
+        rows[:] = self._fork(parents)
+        tokens = [[b.token for b in to if b.token is not None] for to in branches]
+        used = [own[: len(new)] for own, new in zip(rows, tokens, strict=True)]
+        logits = self._run([*chain(*used)], [*chain(*tokens)], wanted=n_needed)
+        each = iter(logits)
+        return {i: torch.stack([*islice(each, len(new))]) for i, new in enumerate(tokens) if new}
+
+    def _fork(self, parents: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Rows go on from those in `parents`, group by group; returns which rows they are now."""
+        flat = [parent for group in parents for parent in group]
+        if flat != list(range(self._slots.width)):
+            with self._all_or_nothing():
+                self._slots.fork(flat)
+        rows = iter(range(len(flat)))
+        return [list(islice(rows, len(group))) for group in parents]
+
+    def _decode(self, token: int, drafts: Drafts, room: int) -> Tensor:
+        """The logits (1, V) that follow `token`: of the pass that ran it ahead, or of a new one."""
+        logits = drafts.take(token)
+        if logits is None:
+            draft = drafts.propose(room)
+            n = 1 + len(draft)
+            passed = self._pass([0] * n, [token, *draft], wanted=n)
+            logits = passed[:1]
+            drafts.ran(draft, passed[1:])
+        with self._all_or_nothing():  # a draft's slots are taken one by one, as it is chosen
+            self._slots.append([0], [token])
+        return _numbers(logits)
+
+    def _run(self, rows: Sequence[int], ids: Sequence[int], *, wanted: int) -> Tensor:
+        """The logits (wanted, V) of the last of the next ids of `rows`, whose slots are taken."""
+        logits = self._pass(rows, ids, wanted=wanted)
         with self._all_or_nothing():
-            self._slots.append(0, ids, slots)
-        logits = logits[:, : self._n_ids]
-        if not math.isfinite(logits.amax().item()):  # of NaN and anything, amax is NaN
-            raise DamagedFileError("the model's logits are not numbers: its weights are damaged")
-        return logits
+            self._slots.append(rows, ids)
+        return _numbers(logits)
+
+    def _pass(self, rows: Sequence[int], ids: Sequence[int], *, wanted: int) -> Tensor:
+        """The same, but the slots are not taken yet."""
+        batch = self._batch(self._slots, rows, ids, wanted)
+        return self.decoder(batch, self._cache)[:, : self._n_ids]
 
     def _batch(
-        self, slots: SlotTable, ids: Sequence[int], *, wanted: int
-    ) -> tuple[Batch, list[int]]:
-        """A pass over the next `ids` of row 0, and the slots it will fill."""
-        n, start = len(ids), len(slots.rows[0].ids)
-        new = slots.next_slots(n)
-        positions = range(start, start + n)
-        seen = range(start + 1, start + n + 1)
-        whole = torch.tensor([ids, [0] * n, new, seen, positions], dtype=torch.int32)  # one for all
-        id_, row, slot, seen_, position = whole.to(self._device).unbind()
-        batch = Batch(
+        self, slots: SlotTable, rows: Sequence[int], ids: Sequence[int], wanted: int
+    ) -> Batch:
+        """A pass over the next `ids`, each of its row; the logits of the last ones are wanted."""
+        at, new = slots.reserve(rows)
+        first = [token for row, token in zip(rows, ids, strict=True) if row == rows[0]]
+        places = self.decoder.places([*slots.ids(rows[0]), *first], at)
+        lists = [ids, rows, new, places.seen, *places.positions]
+        whole = torch.tensor(lists, dtype=torch.int32)  # one for all
+        id_, row, slot, seen, *position = whole.to(self._device).unbind()
+        return Batch(
             ids=id_,
             row=row,
             slot=slot,
-            seen=seen_,
-            position=position,
-            table=slots.with_slots(0, new),
-            wanted=torch.arange(n - wanted, n, dtype=torch.int32, device=self._device),
+            seen=seen,
+            position=position[0] if len(position) == 1 else torch.stack(position, dim=-1),
+            table=slots.table,
+            wanted=torch.arange(len(ids) - wanted, len(ids), dtype=torch.int32).to(self._device),
         )
-        return batch, new
+
+    def _keep_row_of(self, ids: Sequence[int]) -> None:
+        """Of several rows, keep the one that begins most like `ids`."""
+        if self._slots.width > 1:
+            self._fork([[self._row_like(ids, range(self._slots.width))]])
+
+    def _row_like(self, ids: Sequence[int], rows: Sequence[int]) -> int:
+        """Which of the rows begins most like `ids`."""
+        return max(rows, key=lambda row: self._slots.common_prefix(row, ids))
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -214,3 +374,10 @@ class Engine:
         rows = self.decoder.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < rows:
             raise UsageError(f"ids {min(ids)} to {max(ids)} are not all in 0 to {rows - 1}")
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    """The same logits, of which no choice can fail."""
+    if not math.isfinite(logits.amax().item()):  # of NaN and anything, amax is NaN
+        raise DamagedFileError("the model's logits are not numbers: its weights are damaged")
+    return logits

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 
 class StopFilter:
-    """Passes text on, but holds back whatever may still become a stop string."""
+    """Passes text on, but holds back whatever may still become a stop string.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Text that came `before` may be the beginning of one; it is part of no stop string otherwise.
+    """
+
+    def __init__(self, stops: Sequence[str], before: str = "") -> None:
         self._stops = tuple(stop for stop in stops if stop)
-        self._held = ""
+        self._held = before
+        self._take(len(before) - self._open_tail())
         self.stopped = False
+
+    @property
+    def held(self) -> str:
+        """What is held back now."""
+        return self._held
 
     def feed(self, text: str) -> str:
         """The text that can no longer be part of a stop string; "" once one was found."""
@@ -26,6 +36,10 @@ class StopFilter:
     def flush(self) -> str:
         """What was held back and turned out to be no stop string."""
         return "" if self.stopped else self._take(len(self._held))
+
+    def copy(self) -> StopFilter:
+        """Another one at the same place, to see how the text might go on."""
+        return copy.copy(self)
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

@@ -34,7 +34,8 @@ class Batch:
         row: (T,) the row each token belongs to.
         slot: (T,) the cache slot its key and value go to.
         seen: (T,) how many entries of its row's table it attends to (causal: position + 1).
-        position: (T,) what rope turns by; the decoder makes it angles once a pass.
+        position: (T,) what rope turns by; the decoder makes it angles once a pass. (T, 2) where
+            it turns by two.
         table: (B, C) cache slots of each row, in order; entries past a row's length are unread.
         wanted: (L,) indices of the tokens whose logits are returned.
     """
@@ -130,7 +131,7 @@ class Kernels(Protocol):
         ...
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
-        """(T, I) -> (T, O)."""
+        """(T, I) -> (T, O), of floats of any width."""
         ...
 
     def norm_linear(self, h: Tensor, norm: Norm, weight: Weight) -> Act:

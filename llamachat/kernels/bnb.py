@@ -194,6 +194,7 @@ class BitsAndBytes(Reference):
         """(T, I) -> (T, O) in `dtype`."""
         if not isinstance(weight, Stack):
             return super().linear(x, weight)
+        x = x.to(self.dtype)
         products = [
             self.linear(x, part) if isinstance(part, Matrix) else part(x) for part in weight.parts
         ]

@@ -129,7 +129,9 @@ class Reference:
         dtype = torch.float64 if self.activation_bits else self.dtype
         wide = torch.promote_types(dtype, torch.float32)
         plain = [p.dequantize(wide) if isinstance(p, QTensor) else p for p in parts]
-        rows = torch.cat([p.to(self.device, dtype) for p in plain])
+        moved = [p.to(self.device, dtype) for p in plain]
+        # what is looked up stays as it is; what will be blocked needs no copy of its own
+        rows = torch.cat(moved) if lookup or len(moved) > 1 else moved[0]
         matrix = Matrix(rows, None, None if bias is None else bias.to(self.device, dtype))
         if self.activation_bits:
             is_quantized = torch.tensor([isinstance(p, QTensor) for p in parts])
@@ -192,6 +194,7 @@ class Reference:
         """(T, I) -> (T, O) in `dtype`."""
         if weight.quantized is not None:
             return _linear_of_rounded(x, weight).to(self.dtype)
+        x = x.to(self.dtype)
         if weight.blocked is None:
             self._block(weight)  # a look-up table that is the head as well
         if weight.blocked is None:

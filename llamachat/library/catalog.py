@@ -129,6 +129,9 @@ _CHINESE_LLAMA2 = _Family("Chinese-LLaMA-2", "llama2", 4096, "none", _NO_DEFAULT
 _CHINESE_ALPACA2 = _Family(
     "Chinese-Alpaca-2", "llama2", 4096, "chinese-alpaca-2", _CHINESE_SAMPLING
 )
+_CHATGLM = _Family(
+    "ChatGLM", "ChatGLM-6B License", 2048, "chatglm", {"temperature": 0.95, "top_p": 0.7}
+)
 _CHATGLM2 = _Family(
     "ChatGLM2", "ChatGLM2-6B License", 8192, "chatglm2", {"temperature": 0.8, "top_p": 0.8}
 )
@@ -143,6 +146,7 @@ _SMOLLM2 = _Family("SmolLM2", "Apache-2.0", 8192, "chatml", {"temperature": 0.2,
 
 _7B, _13B, _33B = 6_738_415_616, 13_015_864_320, 32_528_943_616
 _8B, _70B, _405B = 8_030_261_248, 70_553_706_496, 405_853_388_800
+_11B, _90B = 10_670_220_835, 88_593_355_323  # the text parts are as 8B and 70B
 
 # Of a model and the one that talks, the latter has the short name.
 CATALOG = (
@@ -171,6 +175,20 @@ CATALOG = (
         "llama3.2-3b", "meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, "llama-3.2-3b-instruct"
     ),
     _LLAMA32("llama3.2-3b-base", "meta-llama/Llama-3.2-3B", 3_212_749_824),
+    _LLAMA32_CHAT(
+        "llama3.2-11b-vision",
+        "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        _11B,
+        "llama-3.2-11b-vision-instruct",
+    ),
+    _LLAMA32("llama3.2-11b-vision-base", "meta-llama/Llama-3.2-11B-Vision", _11B),
+    _LLAMA32_CHAT(
+        "llama3.2-90b-vision",
+        "meta-llama/Llama-3.2-90B-Vision-Instruct",
+        _90B,
+        "llama-3.2-90b-vision-instruct",
+    ),
+    _LLAMA32("llama3.2-90b-vision-base", "meta-llama/Llama-3.2-90B-Vision", _90B),
     _LLAMA31_CHAT("llama3.1-8b", "meta-llama/Llama-3.1-8B-Instruct", _8B, "llama-3.1-8b-instruct"),
     _LLAMA31("llama3.1-8b-base", "meta-llama/Llama-3.1-8B", _8B),
     _LLAMA31_CHAT(
@@ -295,6 +313,7 @@ CATALOG = (
     _CHINESE_LLAMA2("chinese-llama-2-7b", "hfl/chinese-llama-2-7b", 6_929_256_448),
     _CHINESE_ALPACA2("chinese-alpaca-2-13b", "hfl/chinese-alpaca-2-13b", 13_254_415_360),
     _CHINESE_LLAMA2("chinese-llama-2-13b", "hfl/chinese-llama-2-13b", 13_254_415_360),
+    _CHATGLM("chatglm-6b", "THUDM/chatglm-6b", 6_173_286_400),
     _CHATGLM2("chatglm2-6b", "THUDM/chatglm2-6b", 6_243_584_000),
 )
 
@@ -325,5 +344,5 @@ def check_is_whole(name: str) -> None:
     if entry is not None and entry.base is not None and not Path(name).exists():
         raise UsageError(
             f"{name} is no whole model: {entry.repo} is to be added to {entry.base}",
-            hint=f"llamachat merge {entry.base} {name} -o FOLDER",
+            hint=f"with its files in DIR: llamachat merge {entry.base} DIR -o FOLDER",
         )

@@ -35,7 +35,7 @@ _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,254}")
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "ice_text.model")
 _WANTED = (
     _CONFIG, "generation_config.json", *_TOKENIZERS, "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -43,7 +43,18 @@ _WANTED = (
 )  # fmt: skip
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _PICKLED = ("pytorch_model*.bin", _PICKLED_INDEX)  # where a repository has no safetensors
-_UNWANTED = ("*/*", "consolidated*", "adapter_*")  # other forms of the same weights
+_ORIGINAL = "original"  # where repositories of Hugging Face's form keep Meta's
+_PARAMS = "params.json"
+_META = (_PARAMS, "consolidated.*.pth", *_TOKENIZERS, "tokenizer_config.json")
+_ADAPTER = "adapter_config.json"  # of a LoRA
+# For each form of weights, the best first, what is fetched of it and what is left: other forms.
+_FORMS: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
+    (_WANTED, ("*/*", "consolidated*", "adapter_*")),
+    ((*_WANTED, *_PICKLED), ("*/*", "adapter_*")),
+    (_META, ("*/*",)),
+    (tuple(f"{_ORIGINAL}/{name}" for name in _META), ()),
+    ((_ADAPTER,), ("*/*",)),  # no model: what it is can be said, then
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +164,7 @@ def download(
 
     Raises:
         ModelNotFoundError: no such repository, revision or file, or `offline`.
+        UsageError: it holds a LoRA, which is no model by itself.
         AccessError: it is gated or private, or the token is not accepted.
         TransferError: the network or the disk failed.
     """
@@ -164,12 +176,17 @@ def download(
     if offline or settings.is_offline():
         raise _switched_off(name)
     _require_revision(revision)
-    forms = [_of_split(name.file)] if name.file else [_WANTED, (*_WANTED, *_PICKLED)]
-    for files in forms:
-        snapshot = _fetch(name, files, revision, token, force, show_progress)
+    forms = [(_of_split(name.file), ())] if name.file else _FORMS
+    for form in forms:
+        snapshot = _fetch(name, form, revision, token, force, show_progress)
         if path := _whole_in(snapshot, name):
             return path
-    what = name.file or "config.json, a tokenizer and *.safetensors or pytorch_model*.bin"
+    if name.file is None and _has(snapshot, _ADAPTER):
+        raise UsageError(
+            f"{name.repo} is no whole model: it is a LoRA, to be added to one",
+            hint="fetch its files, then: llamachat chat -m MODEL --lora FOLDER",
+        )
+    what = name.file or "tokenizer with *.safetensors, pytorch_model*.bin or consolidated.*.pth"
     raise ModelNotFoundError(
         f"{name.repo} has no {what}",
         hint=f"one GGUF file of a repository: llamachat pull {name.repo}:FILE.gguf",
@@ -182,13 +199,16 @@ def _of_split(file: str) -> tuple[str, ...]:
 
 def _fetch(
     name: HubName,
-    files: Sequence[str],
+    form: tuple[Sequence[str], Sequence[str]],
     revision: str | None,
     token: str | None,
     force: bool,
     show_progress: bool,
 ) -> Path:
-    """The snapshot folder, after `snapshot_download`; every failure as one of ours."""
+    """The snapshot folder, after `snapshot_download`; every failure as one of ours.
+
+    `form` says which files to fetch, and which of those not.
+    """
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
@@ -210,8 +230,8 @@ def _fetch(
                 cache_dir=settings.hub_cache_dir(),
                 token=token or None,
                 force_download=force,
-                allow_patterns=list(files),
-                ignore_patterns=None if name.file else list(_UNWANTED),
+                allow_patterns=list(form[0]),
+                ignore_patterns=list(form[1]),
             )
         except Exception as error:  # noqa: BLE001 (httpx and hf-xet raise their own families)
             raise _failure(name, revision, error, token) from None
@@ -287,17 +307,34 @@ def _snapshot(name: HubName, revision: str | None) -> Path | None:
 
 def _whole_in(snapshot: Path, name: HubName) -> Path | None:
     if name.file is None:
-        return snapshot if _is_whole(snapshot) else None
+        return _whole_folder(snapshot)
     return snapshot / name.file if _is_gguf_whole(snapshot / name.file) else None
 
 
 def _contents(name: HubName, snapshot: Path) -> Iterator[tuple[HubName, Path]]:
-    if _is_whole(snapshot) and _is_llama(snapshot):
-        yield name, snapshot
+    folder = _whole_folder(snapshot)
+    if folder is not None and _is_llama(folder):
+        yield name, folder
     for path in sorted(snapshot.rglob("*.gguf")):
         is_first = _SPLIT.search(path.name) is None or "-00001-of-" in path.name
         if is_first and _is_gguf_whole(path):
             yield HubName(name.repo, path.relative_to(snapshot).as_posix()), path
+
+
+def _whole_folder(snapshot: Path) -> Path | None:
+    """What of a snapshot can be run: all of it, else what it has in Meta's form."""
+    if _is_whole(snapshot):
+        return snapshot
+    folders = (snapshot, snapshot / _ORIGINAL)
+    return next((folder for folder in folders if _is_whole_meta(folder)), None)
+
+
+def _is_whole_meta(folder: Path) -> bool:
+    if not _has(folder, _PARAMS) or not any(_has(folder, file) for file in _TOKENIZERS):
+        return False
+    from llamachat.checkpoints.meta import has_all_shards, is_meta  # numpy, seldom of use here
+
+    return is_meta(folder) and has_all_shards(folder)
 
 
 def _is_whole(snapshot: Path) -> bool:
@@ -326,9 +363,11 @@ def _has(snapshot: Path, file: str) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _is_llama(snapshot: Path) -> bool:
+def _is_llama(folder: Path) -> bool:
+    if _has(folder, _PARAMS):
+        return True
     try:
-        config_from_hf(json.loads((snapshot / _CONFIG).read_text(encoding="utf-8")))
+        config_from_hf(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, TypeError, DamagedFileError):
         return False
     return True

@@ -60,6 +60,7 @@ def resolve(
     token: str | None = None,
     offline: bool = False,
     force: bool = False,
+    whole: bool = True,
     notice: Notice,
     progress: Progress | None,
 ) -> Located:
@@ -71,15 +72,18 @@ def resolve(
         token: for the Hub; by default the one that its own tools use.
         offline: do not touch the network (as HF_HUB_OFFLINE does).
         force: fetch again.
+        whole: refuse what is to be added to another model: a LoRA, or a weight difference.
         notice: told, in one line, what people should know.
         progress: told the bytes done and in all; None: the Hub's own display is off, too.
 
     Raises:
-        UsageError: a revision of something that has none.
+        UsageError: a revision of something that has none, or no whole model.
         ModelNotFoundError: unknown, or not on disk while offline.
         AccessError: gated, private, or a wrong token.
         TransferError: the network or the disk failed.
     """
+    if whole:
+        catalog.check_is_whole(name)
     found = locate(name, revision=revision)
     if found is not None and (found.source in ("local", "quantized") or not force):
         return found
@@ -192,8 +196,9 @@ def _remove_fetched(located: Located) -> int:
 
 def _from_hub(repo: str, located: Located) -> HubName:
     snapshots = HubName(repo).folder / "snapshots" / str(located.revision)
-    file = located.path.relative_to(snapshots).as_posix()
-    return HubName(repo) if file == "." else HubName(repo, file)
+    if located.path.is_dir():  # the snapshot, or a folder of it
+        return HubName(repo)
+    return HubName(repo, located.path.relative_to(snapshots).as_posix())
 
 
 def _local(name: str) -> Path | None:

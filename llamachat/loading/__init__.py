@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from llamachat import hardware, settings
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints import Checkpoint, open_checkpoint
-from llamachat.checkpoints.lora import AdaptedCheckpoint, adapter_named
+from llamachat.engine.parameters import PARAMETERS, PENALTIES
 from llamachat.errors import DamagedFileError, UsageError, WillNotFitError
 from llamachat.kernels.backends import Backend, choose, make
 from llamachat.library.catalog import find
 from llamachat.library.store import Located, resolve
+from llamachat.loading.adapters import adapted
 from llamachat.loading.plan import CACHE_BYTES, Plan, make_plan
 from llamachat.quant.form import FORM_NAMES
 from llamachat.quant.recipe import Quantizer
@@ -60,7 +61,7 @@ class Model:
     tokenizer: Tokenizer
     engine: Engine
     chat_template: str | None
-    sampling: tuple[tuple[str, Mapping[str, float]], ...]
+    sampling: tuple[tuple[str, Mapping[str, Any]], ...]
     dtype: str
     threads: int
     backend: str
@@ -158,7 +159,7 @@ def load(
     located = resolve(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
     )
-    checkpoint = _adapted(open_checkpoint(located.path), lora)
+    checkpoint = _opened(name, located, lora, notice)
     plan = make_plan(
         checkpoint,
         chosen,
@@ -186,9 +187,12 @@ def load(
     )
 
 
-def _adapted(checkpoint: Checkpoint, lora: Sequence[str | Path]) -> Checkpoint:
-    for name in lora:
-        checkpoint = AdaptedCheckpoint(checkpoint, adapter_named(str(name)))
+def _opened(
+    name: str, located: Located, lora: Sequence[str | Path], notice: Callable[[str], None]
+) -> Checkpoint:
+    checkpoint = adapted(open_checkpoint(located.path), lora, located, notice)
+    if checkpoint.left_out is not None:
+        notice(f"{name}: {checkpoint.left_out}")
     return checkpoint
 
 
@@ -203,13 +207,15 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
     import torch
 
     from llamachat.engine.engine import Engine
+    from llamachat.model.chatglm import load_chatglm
     from llamachat.model.decoder import load_decoder
 
     kernels = make(plan.backend, threads, getattr(torch, plan.dtype))
     checkpoint = plan.checkpoint
     try:
         config = checkpoint.config.at_context(plan.ctx_size)
-        decoder = load_decoder(config, _tensors(plan, kernels), kernels)
+        load_model = load_decoder if config.prefix is None else load_chatglm
+        decoder = load_model(config, _tensors(plan, kernels), kernels)
     except DamagedFileError as error:
         if str(checkpoint.path) in error.message:
             raise
@@ -244,25 +250,35 @@ def _tensors(plan: Plan, kernels: Kernels) -> Iterator[tuple[str, Tensor | QTens
 
 def _sampling(
     checkpoint: Checkpoint, located: Located
-) -> tuple[tuple[str, Mapping[str, float]], ...]:
+) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     entry = find(located.alias) if located.alias else None
     return (
-        ("generation_config.json", _numbers(checkpoint.generation)),
+        ("generation_config.json", _suggested(checkpoint.generation)),
         ("catalog", dict(entry.defaults) if entry else {}),
     )
 
 
-def _numbers(generation: Mapping[str, Any]) -> dict[str, float]:
-    """The sampling values of a generation config; one that says not to sample is greedy."""
-    if generation.get("do_sample") is False:
-        return {"temperature": 0.0}
-    names = ("temperature", "top_k", "top_p", "min_p")
-    values = {name: generation.get(name) for name in names}
-    return {
+def _suggested(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoding values of a generation config; one that says not to sample is greedy."""
+    greedy = generation.get("do_sample") is False
+    names = PENALTIES if greedy else PARAMETERS
+    values: dict[str, Any] = {
         name: value
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        for name in names
+        if isinstance(value := generation.get(name), int | float) and not isinstance(value, bool)
     }
+    bad_words = generation.get("bad_words_ids")
+    if isinstance(bad_words, list) and all(_are_ids(word) for word in bad_words):
+        values["bad_words"] = tuple(map(tuple, bad_words))
+    return values | ({"temperature": 0.0} if greedy else {})
+
+
+def _are_ids(word: Any) -> bool:
+    return (
+        isinstance(word, list)
+        and bool(word)
+        and all(type(token) is int and token >= 0 for token in word)
+    )
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llamachat.architecture import brief
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.checkpoints.delta import DeltaCheckpoint, NewRows
 from llamachat.checkpoints.folder_writer import require_free, write_folder
-from llamachat.checkpoints.lora import AdaptedCheckpoint, adapter_named, is_adapter
+from llamachat.checkpoints.json_files import read_json
+from llamachat.checkpoints.lora import is_adapter
 from llamachat.checkpoints.names import iter_weights
 from llamachat.checkpoints.overlay import Overlay
-from llamachat.checkpoints.safetensors import FolderCheckpoint, read_json
+from llamachat.checkpoints.safetensors import FolderCheckpoint
 from llamachat.checkpoints.stored import FLOATS
 from llamachat.errors import UsageError
+from llamachat.library.store import Located
+from llamachat.loading.adapters import adapted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,20 +33,22 @@ Progress = Callable[[str, int, int], None]  # what is done, bytes done, and in a
 
 
 def merge(
-    base: Path,
+    base: Located,
     changes: Sequence[str],
     folder: Path,
     *,
     new_rows: NewRows | None = None,
+    notice: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> None:
     """Write the model that a base becomes.
 
     Args:
-        base: a Hugging Face folder of floats.
+        base: the model: a Hugging Face folder of floats.
         changes: folders of weight deltas, and adapters as PATH or PATH:SCALE, in order.
         folder: where to.
         new_rows: what rows that a delta adds to the base hold before it is added.
+        notice: told, in one line each, what people should know.
         progress: told how far it is.
 
     Raises:
@@ -52,24 +58,25 @@ def merge(
         TransferError: the disk is full or cannot be written.
     """
     require_free(folder)
-    bottom = open_checkpoint(base)
+    bottom = open_checkpoint(base.path)
     if not isinstance(bottom, FolderCheckpoint) or bottom.form not in FLOATS:
         raise UsageError(
-            f"{base} is {bottom.form}, merge takes a folder of {', '.join(FLOATS)}",
+            f"{base.path} is {bottom.form}, merge takes a folder of {', '.join(FLOATS)}",
             hint="take the model's float folder; `chat --lora` takes any form",
+        )
+    if (kind := read_json(bottom.path / "config.json").get("model_type")) != "llama":
+        raise UsageError(
+            f"{base.path} is {brief(kind)}, merge writes the folders of 'llama'",
+            hint="`chat --lora` merges an adapter on loading",
         )
     checkpoint: Checkpoint = bottom
     for change in changes:
-        checkpoint = _laid_over(checkpoint, change, new_rows)
+        if Path(change).is_dir() and not is_adapter(Path(change)):
+            checkpoint = DeltaCheckpoint(checkpoint, Path(change), new_rows)
+        else:
+            checkpoint = adapted(checkpoint, [change], base, notice)
     files = _files(bottom, checkpoint)
     write_folder(folder, files, _tensors(checkpoint, progress))
-
-
-def _laid_over(base: Checkpoint, change: str, new_rows: NewRows | None) -> Checkpoint:
-    path = Path(change)
-    if path.is_dir() and not is_adapter(path):
-        return DeltaCheckpoint(base, path, new_rows)
-    return AdaptedCheckpoint(base, adapter_named(change))
 
 
 def _files(bottom: FolderCheckpoint, checkpoint: Checkpoint) -> dict[str, bytes]:

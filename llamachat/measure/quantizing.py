@@ -101,6 +101,8 @@ def quantize(
         DamagedFileError: the source is damaged or changes, or the folder is damaged.
     """
     source = open_checkpoint(located.path)
+    if source.left_out is not None:
+        notice(f"{name}: {source.left_out}")
     job = _Job(located, name, source, wanted.recipe(source))
     if folder is None and not force and job.is_pointless:
         return located.path

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from llamachat.architecture import ModelConfig
-from llamachat.errors import DamagedFileError
 from llamachat.kernels import Batch, Cache, CacheShape, Kernels, Norm, Weight
+from llamachat.model import Places
+from llamachat.model.packing import Packer
 from llamachat.model.rope import inverse_frequencies, query_scale
 from llamachat.quant.tensor import QTensor
-
-T = TypeVar("T")
 
 # Which weights of a block are multiplied as one, and in which order their rows are stacked.
 FUSED = {
@@ -24,7 +21,6 @@ FUSED = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +69,14 @@ class Decoder:
             + depth * self.kernels.slot_bytes(cache)
         )
 
+    def unbroken(self, ids: Sequence[int]) -> int:
+        """See `LanguageModel.unbroken`."""
+        return 0
+
+    def places(self, ids: Sequence[int], at: Sequence[int]) -> Places:
+        """See `LanguageModel.places`."""
+        return Places([place + 1 for place in at], [at])
+
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """Logits (L, V) float32 of the tokens that `batch` wants."""
         kernels = self.kernels
@@ -99,91 +103,32 @@ def load_decoder(
     Raises:
         DamagedFileError: a weight is missing.
     """
-    loader = _Loader(config, kernels)
+    packer = Packer(config, kernels, FUSED)
+    scale = query_scale(config)
+    divisors = None
     for name, tensor in tensors:
-        loader.take(name, tensor)
-    return loader.decoder()
-
-
-class _Loader:
-    """Collects the parts of each fused weight and packs it when the last one is there."""
-
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
-        self.config = config
-        self.kernels = kernels
-        self.waiting: dict[str, Tensor | QTensor] = {}
-        self.packed: dict[str, Weight] = {}
-        self.norms: dict[str, Norm] = {}
-        self.divisors: Tensor | None = None
-        self.query_scale = query_scale(config)
-        self.weight_of = {
-            name: (f"{layer}.{fused}", names)
-            for layer in range(config.n_layers)
-            for fused in FUSED
-            for names in [_names(config, layer, fused)]
-            for name in names
-        }
-
-    def take(self, name: str, tensor: Tensor | QTensor) -> None:
         if name == "rope_freqs" and isinstance(tensor, Tensor):
-            self.divisors = tensor
-        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
-            self.packed[name] = self.kernels.pack([tensor], lookup=name.startswith("model"))
-        elif name.endswith("norm.weight") and isinstance(tensor, Tensor):
-            self.norms[name] = Norm(
-                tensor.to(self.kernels.device, torch.float32), self.config.norm_eps
-            )
-        elif name in self.weight_of:
-            self.waiting[name] = self._scaled(tensor) if "q_proj" in name else tensor
-            self._pack_if_complete(name)
+            divisors = tensor
+        else:
+            packer.take(name, tensor * scale if scale != 1 and "q_proj" in name else tensor)
 
-    def decoder(self) -> Decoder:
-        config = self.config
-        head = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
-        return Decoder(
-            config,
-            self.kernels,
-            embedding=self._found(self.packed, "model.embed_tokens.weight"),
-            blocks=tuple(self._block(layer) for layer in range(config.n_layers)),
-            norm=self._found(self.norms, "model.norm.weight"),
-            head=self._found(self.packed, head),
-            frequencies=inverse_frequencies(config, self.divisors).to(self.kernels.device),
+    def norm(name: str) -> Norm:
+        return Norm(packer.vector(f"{name}.weight"), config.norm_eps)
+
+    def block(layer: int) -> Block:
+        name = f"model.layers.{layer}"
+        return Block(
+            attention_norm=norm(f"{name}.input_layernorm"),
+            ffn_norm=norm(f"{name}.post_attention_layernorm"),
+            **{fused: packer.weight(layer, fused) for fused in FUSED},
         )
 
-    def _scaled(self, queries: Tensor | QTensor) -> Tensor | QTensor:
-        if self.query_scale == 1:
-            return queries
-        return queries * self.query_scale
-
-    def _pack_if_complete(self, name: str) -> None:
-        key, names = self.weight_of[name]
-        if all(n in self.waiting for n in names):
-            found = {n: self.waiting.pop(n) for n in names}
-            biases = [b for n, b in found.items() if n.endswith("bias") and isinstance(b, Tensor)]
-            self.packed[key] = self.kernels.pack(
-                [weight for n, weight in found.items() if n.endswith("weight")],
-                bias=torch.cat(biases) if biases else None,
-                gated=key.endswith("gate_up"),
-            )
-
-    def _block(self, layer: int) -> Block:
-        norms = {
-            field: self._found(self.norms, f"model.layers.{layer}.{name}.weight")
-            for field, name in NORMS.items()
-        }
-        weights = {fused: self._found(self.packed, f"{layer}.{fused}") for fused in FUSED}
-        return Block(**norms, **weights)
-
-    def _found(self, table: dict[str, T], name: str) -> T:
-        if name not in table:
-            missing = [n for n, (key, _) in self.weight_of.items() if key == name] or [name]
-            missing = [n for n in missing if n not in self.waiting] or missing
-            raise DamagedFileError(f"{missing[0]} is missing")
-        return table[name]
-
-
-def _names(config: ModelConfig, layer: int, fused: str) -> list[str]:
-    """Of all that is packed as one: weights in the order of their rows, then their biases."""
-    is_biased = {"qkv": config.qkv_bias, "o": config.o_bias}.get(fused, False)
-    kinds = ("weight", "bias") if is_biased else ("weight",)
-    return [f"model.layers.{layer}.{part}.{kind}" for kind in kinds for part in FUSED[fused]]
+    return Decoder(
+        config,
+        kernels,
+        embedding=packer.embedding,
+        blocks=tuple(map(block, range(config.n_layers))),
+        norm=norm("model.norm"),
+        head=packer.head,
+        frequencies=inverse_frequencies(config, divisors).to(kernels.device),
+    )

@@ -16,18 +16,15 @@ def inverse_frequencies(config: ModelConfig, divisors: Tensor | None = None) -> 
     R is rope_dim, or head_dim. A pair of frequency 0 never turns.
 
     Args:
-        config: gives theta, head_dim and the scaling.
-        divisors: (head_dim / 2,) from a file (GGUF `rope_freqs`), instead of computed scaling.
+        config: gives theta, the sizes and the scaling.
+        divisors: (R / 2,) from a file (GGUF `rope_freqs`); scaling, if there is any, comes on top.
     """
-    turning = config.rope_dim or config.head_dim
-    exponents = torch.arange(0, turning, 2, dtype=torch.float64) / turning
-    still = (config.head_dim - turning) // 2
-    frequencies = torch.nn.functional.pad(config.rope_theta**-exponents, (0, still))
+    exponents = torch.arange(config.rope_pairs, dtype=torch.float64) / config.rope_pairs
+    frequencies = config.rope_theta**-exponents
     if divisors is not None:
         frequencies = frequencies / divisors.double()
-    elif config.rope_scaling is not None:
-        frequencies = _scaled(frequencies, config)
-    return frequencies.float()
+    still = config.head_dim // 2 - config.rope_pairs
+    return torch.nn.functional.pad(_scaled(frequencies, config), (0, still)).float()
 
 
 def query_scale(config: ModelConfig) -> float:
@@ -47,20 +44,20 @@ def _scaled(frequencies: Tensor, config: ModelConfig) -> Tensor:
 
 
 def _kept_by_llama3(frequencies: Tensor, _config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """High frequencies wholly, low ones not at all, a blend between: (head_dim / 2,)."""
+    """High frequencies wholly, low ones not at all, a blend between: (R / 2,)."""
     turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # context / wavelength
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 
 def _kept_by_yarn(frequencies: Tensor, config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """A ramp over indices rather than turns (`_compute_yarn_parameters`): (head_dim / 2,)."""
+    """A ramp over indices rather than turns (`_compute_yarn_parameters`): (R / 2,)."""
 
     def index(turns: float) -> float:
         wavelength = scaling.original_max_seq_len / turns
-        return config.head_dim * math.log(wavelength / (2 * math.pi), config.rope_theta) / 2
+        return config.rope_pairs * math.log(wavelength / (2 * math.pi), config.rope_theta)
 
     low = max(math.floor(index(scaling.beta_fast)), 0)
-    high = min(math.ceil(index(scaling.beta_slow)), config.head_dim - 1)
+    high = min(math.ceil(index(scaling.beta_slow)), 2 * config.rope_pairs - 1)
     ramp = (torch.arange(len(frequencies)) - low) / (high - low or 0.001)
     return 1 - ramp.double().clamp(0, 1)

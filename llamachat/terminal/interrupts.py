@@ -9,9 +9,11 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
-from llamachat.chat.events import Event
 from llamachat.terminal.progress import on_terminal
+
+E = TypeVar("E")
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def left_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def interruptible(reply: Generator[Event, None, None]) -> Iterator[Event]:
+def interruptible(reply: Generator[E, None, None]) -> Iterator[E]:
     """The events of a reply, to its end; Ctrl-C makes that come early.
 
     It is raised where the reply is being computed; if it comes while an event is shown, then with

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from llamachat import settings
 from llamachat.chat.builtin import BuiltInTemplate, check_name, template_for
-from llamachat.chat.options import BUILT_IN, Options, Said
+from llamachat.chat.options import Options, Said
 from llamachat.chat.session import ChatSession
 from llamachat.chat.templates import PlainTemplate, Template
+from llamachat.engine.decoding import check_one_row
+from llamachat.engine.parameters import PARAMETERS
 from llamachat.errors import UsageError
 from llamachat.terminal.failure import Notices
 from llamachat.terminal.interrupts import left_at_once
@@ -38,6 +40,9 @@ class Run:
     kv_cache: str
     template: str | None
     stop: tuple[str, ...]
+    logprobs: int
+    stop_loops: int
+    speculate: int
     offline: bool
     revision: str | None
     token: str | None
@@ -61,7 +66,8 @@ def open_session(run: Run) -> Opened:
         LlamachatError: see `load`; what is wrong with names and options is found before loading.
     """
     layer = ("config file", _configured())
-    Options(run.said, (layer,)).decoding()
+    decoding = Options(run.said, (layer,)).decoding()
+    check_one_row(decoding, draft=run.speculate, logprobs=run.logprobs)
     if run.template is not None:
         check_name(run.template)
     _fetch(run)
@@ -75,8 +81,18 @@ def open_session(run: Run) -> Opened:
         max_new_tokens=run.max_new_tokens,
         stop=run.stop,
         template=_template(run, model),
+        logprobs=run.logprobs,
+        speculate=run.speculate,
+        stop_loops=run.stop_loops,
     )
     return Opened(model, session, load_s)
+
+
+def reopened(opened: Opened, run: Run) -> Opened:
+    """The same session beside a model that is loaded anew, as `run` says."""
+    began = time.perf_counter()
+    model = _load(run)
+    return Opened(model, opened.session, time.perf_counter() - began)
 
 
 def _template(run: Run, model: Model) -> Template:
@@ -89,8 +105,8 @@ def _template(run: Run, model: Model) -> Template:
 
 
 def _configured() -> dict[str, float]:
-    """The sampling values of the config file."""
-    values = {k: v for k, v in settings.defaults().items() if k in BUILT_IN}
+    """The numbers for decoding in the config file."""
+    values = {k: v for k, v in settings.defaults().items() if k in PARAMETERS}
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UsageError(f"{settings.config_path()}: {name} is {value!r}, expected a number")
@@ -99,10 +115,8 @@ def _configured() -> dict[str, float]:
 
 def _fetch(run: Run) -> None:
     """See to it that the model is on disk, before the long import of torch."""
-    from llamachat.library.catalog import check_is_whole
     from llamachat.library.store import resolve
 
-    check_is_whole(run.model or settings.default_model())
     with download_progress(quiet=run.notices.quiet) as progress:
         resolve(
             run.model or settings.default_model(),

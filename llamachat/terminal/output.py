@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
 
 from llamachat.errors import TransferError
 
@@ -25,15 +26,19 @@ def prepare() -> None:
         stdout.reconfigure(encoding="utf-8", errors="replace", newline="\n")
 
 
-def write(text: str) -> None:
+def write(text: str, *, look: Callable[[str], str] = str) -> None:
     """Write text that is read at once; on a terminal, control characters are spelled out.
+
+    Args:
+        text: what is written.
+        look: adds a terminal's own escapes to what a terminal shows.
 
     Raises:
         BrokenPipeError: nobody reads on.
         TransferError: it cannot be written.
     """
     try:
-        sys.stdout.write(shown(text) if sys.stdout.isatty() else text)
+        sys.stdout.write(look(shown(text)) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     except OSError as error:
         raise lost(error) from error
@@ -56,7 +61,8 @@ def shown(text: str) -> str:
 class Lines:
     """Text in pieces, with exactly one newline at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[str], None] = write) -> None:
+        self._write = write
         self._newlines = ""
         self._began = False
 
@@ -67,9 +73,9 @@ class Lines:
         self._newlines = text[len(body) :]
         if body:
             self._began = True
-            write(body)
+            self._write(body)
 
     def end(self, *, complete: bool) -> None:
         """Write the newline; where nothing was written, only if the text is complete."""
         if self._began or complete:
-            write("\n")
+            self._write("\n")

@@ -36,6 +36,27 @@ def new_prompt(toolbar: Callable[[], str], notice: Callable[[str], None]) -> Pro
     )
 
 
+def ask_number(message: str, most: int) -> int | None:
+    """A number from 1 to `most`: its key, or typed and sent; None for none."""
+    keys = KeyBindings()
+    for number in range(1, most + 1 if most < 10 else 1):
+
+        @keys.add(str(number))
+        def _chosen(event: KeyPressEvent) -> None:
+            event.app.exit(result=event.data)
+
+    session: PromptSession[str] = PromptSession(message=message, key_bindings=keys)
+    while True:
+        try:
+            answer = session.prompt().strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if not answer:
+            return None
+        if answer.isdecimal() and 1 <= int(answer) <= most:
+            return int(answer)
+
+
 if sys.platform == "win32":
 
     @contextmanager

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from llamachat.chat.commands import statistics
-from llamachat.chat.events import Done, Event, Prefill, Text, Trimmed
+from llamachat.chat.events import (
+    Done,
+    Event,
+    Prefill,
+    Probabilities,
+    Probability,
+    Tails,
+    Text,
+    Trimmed,
+)
+from llamachat.chat.reply import spell
+from llamachat.errors import UsageError
 from llamachat.terminal.failure import say
 from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session
 from llamachat.terminal.output import Lines, write
 from llamachat.terminal.progress import PrefillProgress
-from llamachat.terminal.stream import trimmed_notice
+from llamachat.terminal.stream import loop_notice, trimmed_notice
+from llamachat.terminal.tails import TextOverTails
+from llamachat.tokenizer import Tokenizer
 
 
 def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
@@ -28,7 +42,10 @@ def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
 
     Raises:
         KeyboardInterrupt: the reply was interrupted; what there was of it is written.
+        UsageError: log-probabilities were asked for without JSON to hold them.
     """
+    if run.logprobs and not json:
+        raise UsageError("--logprobs needs --json")
     if json and stream:
         done = _stream_events(question, run)
     else:
@@ -41,6 +58,8 @@ def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
             write(_json(report(done, opened)))
         else:
             done = _write_text(events, run, together=stream is False)
+    if done.finish_reason == "loop":
+        run.notices(loop_notice(done))
     if run.verbose:
         say(f"llamachat: {statistics(done)}")
     if done.finish_reason == "interrupted":
@@ -50,7 +69,9 @@ def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
 def report(done: Done, opened: Opened) -> dict[str, Any]:
     """The JSON object of one answer."""
     ran = done.prompt_tokens - done.reused_tokens
-    times = done.timings
+    times, speculation = done.timings, done.speculation
+    tokenizer = opened.model.tokenizer
+    logprobs = {"logprobs": [_logprobs(it, tokenizer) for it in done.logprobs]}
     return {
         "model": opened.model.name,
         "revision": opened.model.located.revision,
@@ -63,6 +84,7 @@ def report(done: Done, opened: Opened) -> dict[str, Any]:
         "seed": done.seed,
         "strategy": dict(done.strategy),
         "truncated": asdict(done.trimmed),
+        **({"speculation": asdict(speculation)} if speculation else {}),
         "timings": {
             "load_s": round(opened.load_s, 4),
             "prefill_s": round(times.prefill_s, 4),
@@ -71,18 +93,22 @@ def report(done: Done, opened: Opened) -> dict[str, Any]:
             "prefill_tok_per_s": _rate(ran, times.prefill_s),
             "decode_tok_per_s": _rate(len(done.token_ids) - 1, times.decode_s),
         },
+        **(logprobs if opened.session.logprobs else {}),
     }
 
 
 def _write_text(events: Iterator[Event], run: Run, *, together: bool) -> Done:
     """Write text as it comes, or together at the end; exactly one final newline."""
-    done, lines, progress = None, Lines(), PrefillProgress(quiet=run.notices.quiet)
+    done, out, progress = None, TextOverTails(), PrefillProgress(quiet=run.notices.quiet)
+    lines = Lines(out.write)
     try:
         for event in events:
             if isinstance(event, Prefill):
                 progress.show(event)
             elif isinstance(event, Text) and not together:
                 lines.write(event.text)
+            elif isinstance(event, Tails) and not together:
+                out.show(event)
             elif isinstance(event, Trimmed):
                 run.notices(trimmed_notice(event))
             elif isinstance(event, Done):
@@ -90,6 +116,7 @@ def _write_text(events: Iterator[Event], run: Run, *, together: bool) -> Done:
                 lines.write(event.text if together else "")
     finally:
         progress.clear()
+        out.clear()
         lines.end(complete=done is not None and done.finish_reason != "interrupted")
     assert done is not None, "a reply ends with Done"
     return done
@@ -105,7 +132,9 @@ def _stream_events(question: str, run: Run) -> Done:
             if isinstance(event, Prefill):
                 _write_event("prefill", **asdict(event))
             elif isinstance(event, Text):
-                _write_event("token", text=event.text)
+                known = event.probabilities
+                told = {"logprobs": [_logprobs(known, opened.model.tokenizer)]} if known else {}
+                _write_event("token", text=event.text, **told)
             elif isinstance(event, Done):
                 done = event
                 _write_event("done", **report(done, opened))
@@ -115,6 +144,22 @@ def _stream_events(question: str, run: Run) -> Done:
         raise
     assert done is not None, "a reply ends with Done"
     return done
+
+
+def _logprobs(found: Probabilities, tokenizer: Tokenizer) -> dict[str, Any]:
+    top = [_logprob(one, tokenizer) for one in found.top]
+    return {**_logprob(found.chosen, tokenizer), "top": top}
+
+
+def _logprob(one: Probability, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One token; `filtered_logprob` is null where the filters removed it."""
+    removed = one.filtered_logprob == -math.inf
+    return {
+        "id": one.id,
+        "token": spell(one.id, tokenizer),
+        "logprob": round(one.logprob, 6),
+        "filtered_logprob": None if removed else round(one.filtered_logprob, 6),
+    }
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

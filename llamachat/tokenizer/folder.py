@@ -1,4 +1,4 @@
-"""A tokenizer from a folder: tokenizer.json, or tokenizer.model (SentencePiece or tiktoken)."""
+"""A tokenizer from a folder: tokenizer.json, tokenizer.model (SentencePiece or tiktoken), icetk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Library
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 from llamachat.tokenizer.bpe import library_failures, spelling, splitter
+from llamachat.tokenizer.icetk import N_IMAGE_TOKENS, icetk_tokenizer
 from llamachat.tokenizer.ranks import are_ranks, tiktoken_tokenizer
 from llamachat.tokenizer.spm import load_model, sentencepiece_tokenizer
 from llamachat.tokenizer.table import TableTokenizer, first_known, sentencepiece_bytes, stop_set
@@ -23,7 +24,12 @@ _MAX_SETTINGS_BYTES = 16 << 20
 
 
 def tokenizer_from_folder(
-    path: Path, *, bos_id: int | None, eos_ids: Sequence[int], appended: Sequence[str] = ()
+    path: Path,
+    *,
+    bos_id: int | None,
+    eos_ids: Sequence[int],
+    appended: Sequence[str] = (),
+    n_ids: int | None = None,
 ) -> Tokenizer:
     """Build the tokenizer of a model folder.
 
@@ -33,19 +39,32 @@ def tokenizer_from_folder(
         eos_ids: the config's and the generation config's, which join the tokenizer's own.
         appended: special tokens whose ids follow those of a SentencePiece model; prompts then
             begin with some of them instead of BOS.
+        n_ids: ids from here on are left out: a model of text has none for images.
 
     Raises:
         DamagedFileError: there is no tokenizer, or its files are damaged or not supported.
     """
     if appended and (path / "tokenizer.model").is_file():
         return _with_appended(path / "tokenizer.model", appended, eos_ids)
+    tokenizer = _of_files(path, bos_id, eos_ids)
+    return tokenizer if n_ids is None else tokenizer.below(n_ids)
+
+
+def _of_files(path: Path, bos_id: int | None, eos_ids: Sequence[int]) -> TableTokenizer:
     settings = _read_settings(path / "tokenizer_config.json")
+    if (path / "ice_text.model").is_file():
+        return icetk_tokenizer(
+            _read(path / "ice_text.model", _MAX_TOKENIZER_BYTES),
+            str(path / "ice_text.model"),
+            n_image_tokens=settings.count("num_image_tokens", N_IMAGE_TOKENS),
+            eos_ids=eos_ids,
+        )
     if (path / "tokenizer.json").is_file():
         return _from_json(path / "tokenizer.json", settings, bos_id, eos_ids)
     if (path / "tokenizer.model").is_file():
         return _from_model(path / "tokenizer.model", settings, bos_id, eos_ids)
     raise DamagedFileError(
-        f"{path}: neither tokenizer.json nor tokenizer.model",
+        f"{path}: neither tokenizer.json nor tokenizer.model, nor ChatGLM-6B's ice_text.model",
         hint="fetch the tokenizer's files into the folder",
     )
 
@@ -69,6 +88,12 @@ class _Settings:
         value = self._values.get(name)
         if value is not None and not isinstance(value, bool):
             raise self._refusal(name, value, "true or false")
+        return value
+
+    def count(self, name: str, default: int) -> int:
+        value = self._values.get(name, default)
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise self._refusal(name, value, "a whole number")
         return value
 
     def specials(self) -> dict[str, int]:

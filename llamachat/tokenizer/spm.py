@@ -46,11 +46,18 @@ def model_proto(
             _varint(5, 1),  # escape_whitespaces
         )
     )
-    table = b"".join(
-        _block(1, _block(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _varint(3, kind))
-        for piece, score, kind in zip(pieces, scores, types, strict=True)
-    )
+    table = b"".join(map(_piece, pieces, scores, types))
     return table + _block(2, trainer_spec) + _block(3, normalizer_spec)
+
+
+def with_pieces(proto: bytes, added: Sequence[tuple[str, PieceType]]) -> bytes:
+    """A serialized model and more pieces, of score 0; with bytes among them it falls back to those.
+
+    Messages that stand one behind the other are merged when they are read.
+    """
+    table = b"".join(_piece(piece, 0.0, kind) for piece, kind in added)
+    falls_back = any(kind is PieceType.BYTE for _, kind in added)
+    return proto + table + (_block(2, _varint(35, 1)) if falls_back else b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,12 @@ def sentencepiece_tokenizer(
         add_bos=add_bos and bos is not None,
         stop_ids=stop_set(specials, stops, pieces),
         space_prefix=processor.normalize("a").startswith("▁"),
+    )
+
+
+def _piece(piece: str, score: float, kind: int) -> bytes:
+    return _block(
+        1, _block(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _varint(3, kind)
     )
 
 

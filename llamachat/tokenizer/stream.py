@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -39,6 +40,13 @@ class Detokenizer:
     def flush(self) -> str:
         """The end of the text: a character that was cut off shows as U+FFFD."""
         return self._shown(self._utf8.decode(b"", final=True))
+
+    def copy(self) -> Detokenizer:
+        """Another one at the same place, to see how the text might go on."""
+        other = copy.copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        other._utf8.setstate(self._utf8.getstate())
+        return other
 
     def _shown(self, text: str) -> str:
         if self._drop_space and text:

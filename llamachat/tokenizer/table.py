@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from llamachat.tokenizer.stream import detokenize
@@ -42,6 +42,12 @@ class TableTokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id."""
         return max(self.pieces, default=-1) + 1
+
+    def below(self, n_ids: int) -> TableTokenizer:
+        """The same without ids from `n_ids` on, special ones, which no text is split into."""
+        pieces = {token: piece for token, piece in self.pieces.items() if token < n_ids}
+        specials = {piece: token for piece, token in self.specials.items() if token < n_ids}
+        return replace(self, pieces=pieces, specials=specials)
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text. Lone surrogates, which have no UTF-8, are read as U+FFFD."""
