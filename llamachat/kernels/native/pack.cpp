@@ -43,15 +43,21 @@ void pack_codes(const uint8_t* rows, const Panels& panels, int64_t panel) {
     }
 }
 
+// Values of kSize bytes, a cache line of each row at a time: rows often lie a power of two apart, where
+// the cache cannot hold a line of all of them.
+template <size_t kSize>
 void pack_values(const uint8_t* rows, const Panels& panels, int64_t panel) {
-    const int64_t size = panels.form == kF32 ? 4 : 2;
+    constexpr int64_t kLine = 64 / kSize;
     uint8_t* to = panels.codes + panel * panel_bytes(panels);
-    std::memset(to, 0, static_cast<size_t>(panel_bytes(panels)));
-    const int64_t real = smaller(kRows, panels.rows - panel * kRows);
-    for (int64_t r = 0; r < real; ++r) {
-        const uint8_t* row = rows + (panel * kRows + r) * panels.cols * size;
-        for (int64_t k = 0; k < panels.cols; ++k)
-            std::memcpy(to + (k * kRows + r) * size, row + k * size, static_cast<size_t>(size));
+    const int64_t real = smaller(kRows, panels.rows - panel * kRows), row_bytes = panels.cols * kSize;
+    const uint8_t* from = rows + panel * kRows * row_bytes;
+    uint8_t lines[kRows][64] = {};
+    for (int64_t first = 0; first < panels.cols; first += kLine) {
+        const int64_t n = smaller(kLine, panels.cols - first);
+        for (int64_t r = 0; r < real; ++r)
+            std::memcpy(lines[r], from + r * row_bytes + first * kSize, static_cast<size_t>(n) * kSize);
+        for (int64_t k = 0; k < n; ++k)
+            for (int64_t r = 0; r < kRows; ++r, to += kSize) std::memcpy(to, lines[r] + k * kSize, kSize);
     }
 }
 
@@ -59,6 +65,9 @@ void pack_values(const uint8_t* rows, const Panels& panels, int64_t panel) {
 
 void lc_pack(Pool* pool, const uint8_t* rows, const Panels* panels) {
     pool->all(panels_of(*panels), [&](int64_t panel, int) {
-        (is_float(*panels) ? pack_values : pack_codes)(rows, *panels, panel);
+        const auto pack = !is_float(*panels)      ? pack_codes
+                          : panels->form == kF32 ? pack_values<4>
+                                                 : pack_values<2>;
+        pack(rows, *panels, panel);
     });
 }
