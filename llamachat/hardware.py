@@ -1,4 +1,4 @@
-"""What this machine has: instruction sets, cores, memory. Torch-free."""
+"""What this machine has: instruction sets, cores, memory, GPUs. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -125,3 +127,60 @@ def release_memory() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """An NVIDIA GPU, as its driver describes it.
+
+    Attributes:
+        name: as it calls itself.
+        memory_bytes: all it has.
+        capability: its compute capability, (9, 0) of an H100.
+    """
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+
+
+@lru_cache(maxsize=1)
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs that this process may use, in the driver's order (CUDA_VISIBLE_DEVICES counts)."""
+    driver = _cuda_driver()
+    count = c_int()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(byref(count)):
+        return ()
+    return tuple(_gpu(driver, index) for index in range(count.value))
+
+
+def gpu_memory_bytes(index: int) -> tuple[int, int]:
+    """(total, free) bytes of memory; starts the context that torch will use as well."""
+    driver, free, total = _cuda_driver(), c_size_t(), c_size_t()
+    context = c_void_p()
+    assert driver is not None
+    if driver.cuDevicePrimaryCtxRetain(byref(context), index):
+        return gpus()[index].memory_bytes, 0  # so little is left that not even this works
+    driver.cuCtxPushCurrent_v2(context)
+    driver.cuMemGetInfo_v2(byref(free), byref(total))
+    driver.cuCtxPopCurrent_v2(byref(c_void_p()))
+    return total.value, free.value
+
+
+def _cuda_driver() -> ctypes.CDLL | None:
+    """The driver's own library, which torch calls too."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
+    name, total = create_string_buffer(256), c_size_t()
+    driver.cuDeviceGetName(c_char_p(ctypes.addressof(name)), len(name), index)
+    driver.cuDeviceTotalMem_v2(byref(total), index)
+    capability = c_int(), c_int()
+    for value, attribute in zip(capability, (75, 76), strict=True):  # cuda.h, CUdevice_attribute
+        driver.cuDeviceGetAttribute(byref(value), attribute, index)
+    major, minor = (value.value for value in capability)
+    return Gpu(name.value.decode(errors="replace"), total.value, (major, minor))

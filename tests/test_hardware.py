@@ -37,3 +37,13 @@ def test_the_least_limit_is_what_may_be_used(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_system_that_tells_nothing_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "core_limits", dict)
     assert hardware.usable_cores() == 1
+
+
+def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise OSError(f"{name}: no such file")
+
+    monkeypatch.setattr(hardware.ctypes, "CDLL", missing)
+    hardware.gpus.cache_clear()
+    assert hardware.gpus() == ()
+    hardware.gpus.cache_clear()

@@ -80,12 +80,13 @@ def measure(said: list[str], tiny_llama: Callable[..., Path], monkeypatch: Any) 
             engine.now_s += 3
             return SimpleNamespace(
                 name=name, engine=engine, tokenizer=Bytes(), threads=options["threads"] or 9,
-                quantize=options["quantize"], backend="wound", located=SimpleNamespace(path=folder),
+                quantize=options["quantize"], backend="wound", device="cpu",
+                located=SimpleNamespace(path=folder),
             )  # fmt: skip
 
         monkeypatch.setattr(bench, "load", load)
         monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: engine.now_s))
-        monkeypatch.setattr(bench, "read_bandwidth", lambda threads: 0.02 / threads)
+        monkeypatch.setattr(bench, "read_bandwidth", lambda threads, device: 0.02 / threads)
         return list(bench.measure(plan(str(folder), **changes), notice=said.append)), engine
 
     return measure

@@ -23,7 +23,7 @@ def _measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without models, whose rates are known."""
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(rates, "read_bandwidth", lambda _: BANDWIDTH)
+    monkeypatch.setattr(rates, "read_bandwidth", lambda _, device: BANDWIDTH)
     monkeypatch.setattr(rates, "int8_gop_per_s", lambda _: None)
     monkeypatch.setattr(rates, "bfloat16_gop_per_s", lambda _: 123.4)
     monkeypatch.setattr(doctor, "installed", list)

@@ -86,7 +86,7 @@ CtxSize = Annotated[
     Number,
     option("--ctx-size", "-c", metavar="N", minimum=1, help="Context [default: the model's]."),
 ]
-Device = Annotated[str, option("--device", metavar="NAME", help="auto, cpu.")]
+Device = Annotated[str, option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N.")]
 Lora = Annotated[
     Texts,
     option("--lora", metavar="PATH[:SCALE]", help="Adapter to merge in; repeatable."),
@@ -95,7 +95,7 @@ Threads = Annotated[
     Number, option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]")
 ]
 Backend = Annotated[
-    str, option("--backend", metavar="NAME", help="auto, native, reference, bitsandbytes.")
+    str, option("--backend", metavar="NAME", help="auto, native, cuda, reference, bitsandbytes.")
 ]
 Dtype = Annotated[str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")]
 Quantize = Annotated[

@@ -37,12 +37,12 @@ class SlotTable:
 
     Attributes:
         capacity: slots of the cache.
-        table: (B, capacity) int32 on `device`; the first entries of a row are its slots.
+        table: (B, capacity) int32; the first entries of a row are its slots.
     """
 
-    def __init__(self, capacity: int, width: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(self, capacity: int, width: int = 1) -> None:
         self.capacity = capacity
-        self.table = torch.zeros((width, capacity), dtype=torch.int32, device=device)
+        self.table = torch.zeros((width, capacity), dtype=torch.int32)
         self._trunk = Row()
         self._tails = [Row() for _ in range(width)]
         self._free = list(range(capacity - 1, -1, -1))  # the lowest last
@@ -82,7 +82,7 @@ class SlotTable:
         if len(rows) == 1:  # each step of one row comes here: no tensor for one number
             self.table[rows[0], positions[0]] = slots[0]
         else:
-            at = torch.tensor([rows, positions, slots], device=self.table.device)
+            at = torch.tensor([rows, positions, slots])
             self.table[at[0], at[1]] = at[2].int()
         return positions, slots
 
@@ -103,7 +103,7 @@ class SlotTable:
         """Row i becomes what row parents[i] was, for as many rows as there are parents."""
         old = self._tails
         self._tails = [Row() + old[parent] for parent in parents]
-        index = torch.tensor(parents, device=self.table.device)
+        index = torch.tensor(parents)
         if len(parents) != len(old):
             self.table = self.table[index]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from llamachat.engine.decoding import Branch, Choice, Commit, Decoding, Start
 from llamachat.engine.events import Done, Probabilities, Speculation, Tails, Token
 from llamachat.engine.loops import LoopDetector
 from llamachat.engine.probabilities import probabilities
+from llamachat.errors import DamagedFileError
 
 E = TypeVar("E")
 
@@ -78,7 +80,11 @@ class Running:
     def choose(self, logits: Tensor) -> Iterator[Token | Tails]:
         """Take a step, by logits (B, V) of its rows."""
         step = torch.tensor(self.start.continued + self._n_chosen)
+        if logits.is_cpu:
+            _check_numbers(logits)
         choice = self._strategy.choose(logits, step)
+        if not logits.is_cpu:  # once the choice is under way, so that a GPU is waited for once
+            _check_numbers(logits)
         self._known = probabilities(logits, choice, self._logprobs)
         if self._scores is not None:
             self._scores.add(logits, choice)
@@ -112,6 +118,11 @@ class Running:
 
     def _loops_with(self, token: int) -> bool:
         return self._loops is not None and self._loops.add(token)
+
+
+def _check_numbers(logits: Tensor) -> None:
+    if not math.isfinite(logits.amax().item()):  # of NaN and anything, amax is NaN
+        raise DamagedFileError("the model's logits are not numbers: its weights are damaged")
 
 
 class Scores:

@@ -11,7 +11,7 @@ V vocab, (O, I) weight out x in, B rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,9 @@ Act = Any  # an activation in whatever form the backend passes from one call to 
 
 @dataclass(frozen=True)
 class Batch:
-    """One pass: T tokens of B rows; int32, on the device, fixed shapes.
+    """One pass: T tokens of B rows; int32, fixed shapes.
+
+    It is made on the host; a backend brings it to where it computes.
 
     Attributes:
         ids: (T,) token ids.
@@ -47,6 +49,12 @@ class Batch:
     position: Tensor
     table: Tensor
     wanted: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        if self.ids.device == device:
+            return self
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ class Kernels(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where batches must be, and logits will be."""
+        """Where weights are, and logits will be."""
         ...
 
     def pack(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llamachat import settings
+from llamachat import hardware, settings
 from llamachat.errors import UsageError
 from llamachat.kernels.library import LibraryMissing
 
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
 
     from llamachat.kernels import Kernels
 
-BACKENDS = ("auto", "native", "reference", "bitsandbytes")
+BACKENDS = ("auto", "native", "cuda", "reference", "bitsandbytes")
+LEAST_CAPABILITY = (8, 0)  # bfloat16 products
+_CUDA = re.compile(r"cuda(?::([0-9]{1,3}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +27,87 @@ class Backend:
     """The choice.
 
     Attributes:
-        name: "native", "reference" or "bitsandbytes".
+        name: "native", "cuda", "reference" or "bitsandbytes".
         reason: why it is that one, as people read it.
-        missing: why native kernels are not there although they would have been taken; or None.
+        missing: why faster kernels are not there although they would have been taken; or None.
         isa: the instruction set of native kernels, or None.
+        device: "cpu", or "cuda:N".
     """
 
     name: str
     reason: str
     missing: str | None = None
     isa: str | None = None
+    device: str = "cpu"
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of the GPU, or None."""
+        return int(self.device.partition(":")[2]) if self.name == "cuda" else None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it multiplies weights in the form that they come in."""
+        return self.name in ("native", "cuda")
 
 
-def choose(asked: str = "auto") -> Backend:
-    """Native kernels where they were built and run; plain torch elsewhere, or if asked for.
+def choose(asked: str = "auto", device: str = "cpu") -> Backend:
+    """A GPU if `device` allows and one is there, then native kernels, then plain torch.
+
+    Args:
+        asked: one of BACKENDS.
+        device: "cpu", "cuda", "cuda:N", or "auto": a GPU unless another backend is asked for.
 
     Raises:
-        UsageError: there is no such backend, or the one that was asked for is missing.
+        UsageError: there is no such backend or device, or the one that was asked for is missing.
     """
     if asked not in BACKENDS:
         raise UsageError(f"backend is {asked!r}, expected one of {', '.join(BACKENDS)}")
+    if device not in ("auto", "cpu") and not _CUDA.fullmatch(device):
+        raise UsageError(f"device is {device!r}, expected one of auto, cpu, cuda, cuda:N")
+    if device.startswith("cuda") or asked == "cuda":
+        return _on_gpu(asked, device)
+    if device == "auto" and asked == "auto" and not _lacking(0):
+        return _on_gpu(asked, "cuda:0")
+    return _on_cpu(asked)
+
+
+def _on_gpu(asked: str, device: str) -> Backend:
+    if asked not in ("auto", "cuda") or device == "cpu":
+        raise UsageError(f"the backend {asked} does not run on the device {device}")
+    named = _CUDA.fullmatch(device)
+    index = int(named[1] or 0) if named else 0
+    if lacking := _lacking(index):
+        raise UsageError(f"no CUDA device: {lacking}", hint="--device cpu runs without one")
+    return Backend("cuda", f"{hardware.gpus()[index].name}", device=f"cuda:{index}")
+
+
+def _lacking(index: int) -> str | None:
+    """What GPU number `index` cannot be used for the lack of, or None."""
+    gpus = hardware.gpus()
+    if not gpus:
+        return "there is no NVIDIA GPU with a driver"
+    if index >= len(gpus):
+        return f"there is no GPU {index}, the last one is {len(gpus) - 1}"
+    gpu = gpus[index]
+    if gpu.capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, pair)) for pair in (gpu.capability, LEAST_CAPABILITY))
+        return f"{gpu.name} has compute capability {found}, {least} is needed"
+    if not _torch_has_cuda():
+        return "torch was installed without CUDA"
+    return None if find_spec("cuda") else "the package cuda-bindings is not installed"
+
+
+def _torch_has_cuda() -> bool:
+    """Whether torch brings CUDA; it is not imported."""
+    spec = find_spec("torch")
+    folders = spec.submodule_search_locations if spec else None
+    names = ("libtorch_cuda.so", "torch_cuda.dll")
+    return any((Path(folder) / "lib" / name).exists() for folder in folders or () for name in names)
+
+
+def _on_cpu(asked: str) -> Backend:
+    """Native kernels where they were built and run; plain torch elsewhere, or if asked for."""
     if asked == "reference":
         return Backend("reference", "asked for: torch, weights unpacked")
     if asked == "bitsandbytes":
@@ -75,6 +141,10 @@ def make(backend: Backend, threads: int, dtype: torch.dtype) -> Kernels:
     """
     import torch
 
+    if backend.name == "cuda":
+        from llamachat.kernels.cuda import Cuda
+
+        return Cuda(backend.device, dtype)
     if backend.name == "native":
         from llamachat.kernels.native import Native
 

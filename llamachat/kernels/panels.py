@@ -58,14 +58,14 @@ def pack(part: Tensor | QTensor, memory: Memory) -> Panels:
     groups of 16. Where even that is not possible, or where no form has such levels, values are kept
     as float32.
     """
-    if isinstance(part, QTensor) and not (_divides(part) and _has_levels(part)):
+    if isinstance(part, QTensor) and not (divides(part) and has_levels(part)):
         part = part.dequantize()
     if not isinstance(part, QTensor):
         return _floats(part, memory)
-    group, scales, mins = _regrouped(part)
-    book, factor = _book(part.codebook)
+    group, scales, mins = regrouped(part)
+    book, factor = book_of(part.codebook)
     scales = scales.float() * factor if factor != 1 else scales
-    unit = _unit(scales, mins)
+    unit = unit_of(scales, mins)
     rows, cols = part.shape
     n_panels, n_blocks = -(-rows // ROWS), -(-cols // BLOCK)
     codes = memory.take(n_panels * n_blocks * BLOCK * ROWS * part.bits // 8)
@@ -78,7 +78,7 @@ def pack(part: Tensor | QTensor, memory: Memory) -> Panels:
         group=group,
         unit=unit * part.factor,
         book=book,
-        shift=_step(part.shifts),
+        shift=step_of(part.shifts),
     )
     memory.fill(part.codes.contiguous(), panels.struct)
     return panels
@@ -123,24 +123,25 @@ def _floats(values: Tensor, memory: Memory) -> Panels:
     return panels
 
 
-def _divides(part: QTensor) -> bool:
+def divides(part: QTensor) -> bool:
+    """Whether its groups can be cut into groups of 16 columns."""
     return part.group_size % 16 == 0 or part.scales.shape[1] == 1
 
 
-def _has_levels(part: QTensor) -> bool:
+def has_levels(part: QTensor) -> bool:
     """A codebook and minima do not go together; shifts are whole steps, as the codebook is."""
     if part.shifts is None:
         return part.codebook is None or part.mins is None
-    steps = torch.arange(-8, 8) * _step(part.shifts)
-    return torch.equal(part.shifts, steps.float()) and _book(part.codebook)[1] == 1
+    steps = torch.arange(-8, 8) * step_of(part.shifts)
+    return torch.equal(part.shifts, steps.float()) and book_of(part.codebook)[1] == 1
 
 
-def _step(shifts: Tensor | None) -> int:
+def step_of(shifts: Tensor | None) -> int:
     """From one shift to the next; 0 for none."""
     return 0 if shifts is None else int(shifts[9].clamp(0, 127))
 
 
-def _regrouped(part: QTensor) -> tuple[int, Tensor, Tensor | None]:
+def regrouped(part: QTensor) -> tuple[int, Tensor, Tensor | None]:
     """The group and scales and mins (O, G): 16, or a multiple of 32 columns."""
     group, scales, mins = part.group_size, part.scales, part.mins
     if scales.shape[1] == 1:  # of a whole row, whose end is padded with zeros
@@ -152,7 +153,7 @@ def _regrouped(part: QTensor) -> tuple[int, Tensor, Tensor | None]:
     return 16, scales.repeat_interleave(times, 1), repeated
 
 
-def _book(codebook: Tensor | None) -> tuple[list[int] | None, float]:
+def book_of(codebook: Tensor | None) -> tuple[list[int] | None, float]:
     """The codebook at 8 bits, and what scales are multiplied with for it."""
     if codebook is None:
         return None, 1.0
@@ -162,7 +163,7 @@ def _book(codebook: Tensor | None) -> tuple[list[int] | None, float]:
     return [int(v) for v in (codebook * (127 / most)).round().tolist()], most / 127
 
 
-def _unit(scales: Tensor, mins: Tensor | None) -> float:
+def unit_of(scales: Tensor, mins: Tensor | None) -> float:
     """A power of two that float16 scales are relative to; 1 if they are float16 already."""
     kept = [scales] if mins is None else [scales, mins]
     if all(t.dtype == torch.float16 for t in kept):

@@ -176,9 +176,8 @@ class Reference:
     ) -> Tensor:
         """Call `forward`; what every layer's attention needs is worked out once."""
         with torch.inference_mode():
-            self._stored = _as_slice(batch.slot)
-            self._spans = tuple(_spans(batch))
-            return forward(batch)
+            self._read(batch)
+            return forward(batch.to(self.device))
 
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
         """(T,) times (E / 2,) -> (T, E / 2) float32 each."""
@@ -218,15 +217,7 @@ class Reference:
         turned = _rotate(heads[:, :-kv_heads].float(), angles).to(cache.dtype)
         q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], heads[:, -kv_heads:]
         cache.write(layer, self._stored, k, v)
-        if len(self._spans) == 1:
-            span = self._spans[0]
-            out = _attend(q, *cache.read(layer, span.slots), span)
-        else:
-            out = torch.empty_like(q)
-            for span in self._spans:
-                seen = cache.read(layer, span.slots)
-                out[span.tokens] = _attend(q[span.tokens], *seen, span)
-        return out.reshape(qkv.shape[0], -1).to(self.dtype)
+        return self._attended(q, cache, layer).reshape(qkv.shape[0], -1).to(self.dtype)
 
     def linear_add(self, x: Tensor, weight: Matrix, h: Tensor) -> None:
         """h (T, D) float32 += W x."""
@@ -240,6 +231,22 @@ class Reference:
     def logits(self, h: Tensor, norm: Norm, weight: Matrix, wanted: Tensor) -> Tensor:
         """(L, V) float32."""
         return self.linear(self._norm(h[wanted], norm), weight).float()
+
+    def _read(self, batch: Batch) -> None:
+        """Work out what every layer's attention needs."""
+        self._stored = _as_slice(batch.slot)
+        self._spans = tuple(_spans(batch, self.device))
+
+    def _attended(self, q: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Turned queries (T, H, E) over what their rows have stored: (T, H, E)."""
+        if len(self._spans) == 1:
+            span = self._spans[0]
+            return _attend(q, *cache.read(layer, span.slots), span)
+        out = torch.empty_like(q)
+        for span in self._spans:
+            seen = cache.read(layer, span.slots)
+            out[span.tokens] = _attend(q[span.tokens], *seen, span)
+        return out
 
     def _norm(self, h: Tensor, norm: Norm) -> Tensor:
         scale = torch.rsqrt(h.square().mean(-1, keepdim=True).add_(norm.eps))
@@ -320,22 +327,21 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, span: _Span) -> Tensor:
     return out.squeeze(0).transpose(0, 1)
 
 
-def _spans(batch: Batch) -> Iterator[_Span]:
-    """Sort a pass by rows."""
-    device = batch.row.device
+def _spans(batch: Batch, device: torch.device) -> Iterator[_Span]:
+    """Sort a pass by rows; masks are made on `device`."""
     row_of = batch.row.tolist()
     for row in sorted(set(row_of)):
-        tokens = torch.tensor([i for i, r in enumerate(row_of) if r == row], device=device)
+        tokens = torch.tensor([i for i, r in enumerate(row_of) if r == row])
         seen = batch.seen[tokens]
         longest = int(seen.max())
         slots = _as_slice(batch.table[row, :longest])
         if int(seen.min()) == longest:
             yield _Span(_as_slice(tokens), slots, mask=None, causal=False)
-        elif torch.equal(seen.long(), torch.arange(1, longest + 1, device=device)):
+        elif torch.equal(seen.long(), torch.arange(1, longest + 1)):
             yield _Span(_as_slice(tokens), slots, mask=None, causal=True)
         else:
-            mask = torch.arange(longest, device=device) < seen.unsqueeze(1)
-            yield _Span(_as_slice(tokens), slots, mask, causal=False)
+            mask = torch.arange(longest) < seen.unsqueeze(1)
+            yield _Span(_as_slice(tokens), slots, mask.to(device), causal=False)
 
 
 def _as_slice(index: Tensor) -> slice | Tensor:

@@ -16,7 +16,7 @@ from llamachat.kernels.backends import Backend, choose, make
 from llamachat.library.catalog import find
 from llamachat.library.store import Located, resolve
 from llamachat.loading.adapters import adapted
-from llamachat.loading.plan import CACHE_BYTES, Plan, make_plan
+from llamachat.loading.plan import CACHE_BYTES, GIB, Plan, make_plan
 from llamachat.quant.form import FORM_NAMES
 from llamachat.quant.recipe import Quantizer
 from llamachat.tokenizer import Tokenizer
@@ -49,7 +49,8 @@ class Model:
         sampling: sampling defaults by where they come from, the strongest first.
         dtype: what weights are that are not quantized.
         threads: CPU threads in use.
-        backend: what computes: "native", "reference" or "bitsandbytes".
+        device: "cpu" or "cuda:N".
+        backend: what computes: "native", "cuda", "reference" or "bitsandbytes".
         quantize: the form in which weights are run: of their file ("q4_1"...), or the one that they
             were brought to; or "none".
     """
@@ -64,6 +65,7 @@ class Model:
     sampling: tuple[tuple[str, Mapping[str, Any]], ...]
     dtype: str
     threads: int
+    device: str
     backend: str
     quantize: str
 
@@ -133,9 +135,9 @@ def load(
         quantize: "auto" runs quantized weights in the form of their file and brings float ones to
             int8, or int4 where int8 would not fit, unless `dtype` is named; "none" unpacks them to
             `dtype`; the others are forms to bring them to (`llamachat quantize` keeps the result).
-        device: "auto" or "cpu".
-        backend: "auto", "native", "reference" or "bitsandbytes"; auto is native where its library
-            was built.
+        device: "auto", "cpu", "cuda" or "cuda:N"; auto is a GPU where one can be used.
+        backend: "auto", "native", "cuda", "reference" or "bitsandbytes"; auto is cuda on a GPU,
+            native on a CPU where its library was built.
         dtype: "auto", "float32" or "bfloat16", of weights that are not quantized; auto is the
             file's own, or what is faster on this CPU where weights are unpacked.
         kv_cache: "auto", "f32", "bf16" or "int8"; auto is bf16, or f32 beside float32 weights.
@@ -151,10 +153,9 @@ def load(
         LlamachatError: see `llamachat.errors`; each has an exit code and a hint.
     """
     _one_of("quantize", quantize, ("auto", "none", *FORM_NAMES))
-    _one_of("device", device, ("auto", "cpu"))
     _one_of("dtype", dtype, ("auto", "float32", "bfloat16"))
     _one_of("kv_cache", kv_cache, ("auto", *CACHE_BYTES))
-    chosen = _backend(backend, notice)
+    chosen = _backend(backend, device, notice)
     name = str(name or settings.default_model())
     located = resolve(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
@@ -182,6 +183,7 @@ def load(
         sampling=_sampling(checkpoint, located),
         dtype=plan.dtype,
         threads=threads,
+        device=chosen.device,
         backend=chosen.name,
         quantize=plan.quantize,
     )
@@ -196,8 +198,8 @@ def _opened(
     return checkpoint
 
 
-def _backend(asked: str, notice: Callable[[str], None]) -> Backend:
-    chosen = choose(asked)
+def _backend(asked: str, device: str, notice: Callable[[str], None]) -> Backend:
+    chosen = choose(asked, device)
     if chosen.missing:
         notice(f"no native kernels ({chosen.missing}): {COST_OF_TORCH}")
     return chosen
@@ -206,7 +208,7 @@ def _backend(asked: str, notice: Callable[[str], None]) -> Backend:
 def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
     import torch
 
-    from llamachat.engine.engine import Engine
+    from llamachat.engine.engine import CHUNK, GPU_CHUNK, Engine
     from llamachat.model.chatglm import load_chatglm
     from llamachat.model.decoder import load_decoder
 
@@ -216,6 +218,15 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
         config = checkpoint.config.at_context(plan.ctx_size)
         load_model = load_decoder if config.prefix is None else load_chatglm
         decoder = load_model(config, _tensors(plan, kernels), kernels)
+        hardware.release_memory()  # what tensors took while they were read and packed
+        return Engine(
+            decoder,
+            ctx_size=plan.ctx_size,
+            stop_ids=tokenizer.stop_ids,
+            n_ids=tokenizer.vocab_size,
+            kv_cache=plan.kv_cache,
+            chunk=CHUNK if plan.backend.gpu is None else GPU_CHUNK,
+        )
     except DamagedFileError as error:
         if str(checkpoint.path) in error.message:
             raise
@@ -223,15 +234,11 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        raise WillNotFitError(f"{checkpoint.path}: out of memory while loading") from error
-    hardware.release_memory()  # what tensors took while they were read and packed
-    return Engine(
-        decoder,
-        ctx_size=plan.ctx_size,
-        stop_ids=tokenizer.stop_ids,
-        n_ids=tokenizer.vocab_size,
-        kv_cache=plan.kv_cache,
-    )
+        raise WillNotFitError(
+            f"{checkpoint.path}: out of memory while loading {plan.weight_bytes / GIB:.1f} GiB of "
+            "weights",
+            hint="--quantize int4, a smaller --ctx-size, or a smaller model",
+        ) from error
 
 
 def _tensors(plan: Plan, kernels: Kernels) -> Iterator[tuple[str, Tensor | QTensor]]:

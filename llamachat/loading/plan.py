@@ -20,6 +20,7 @@ from llamachat.quant.recipe import Recipe, recipe
 MEMORY_SHARE = 0.8  # of what is available: the rest is for activations and for other programs
 GIB = 2**30
 CACHE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}  # of a key's or value's element
+GPU_CONTEXT = 8192  # tokens by default, which a GPU has memory for from the start
 LEAST_CONTEXT = 512  # tokens that a form must leave room for
 SLOW_TO_QUANTIZE = 500_000_000  # weights: from here on people may want to keep what took so long
 
@@ -72,8 +73,8 @@ def make_plan(
     if quantize == "auto" and dtype != "auto" and checkpoint.form in FLOATS:
         quantize = "none"  # a type was named for weights that are floats
     if dtype == "auto":
-        is_native = backend.name == "native"
-        dtype = FLOATS.get(checkpoint.form, "bfloat16") if is_native else hardware.fast_dtype()
+        own = FLOATS.get(checkpoint.form, "bfloat16")
+        dtype = own if backend.is_packed else hardware.fast_dtype()
     plan = Plan(checkpoint, backend, "none", None, dtype, kv_cache, 0, ctx_size or 0)
     plan = _in_form(plan, quantize, notice)
     if backend.name == "bitsandbytes" and form != "int8" and plan.quantize not in BITSANDBYTES:
@@ -97,7 +98,7 @@ def _in_form(plan: Plan, asked: str, notice: Notice) -> Plan:
         n_bytes = sum(file.stat().st_size for file in plan.checkpoint.files)
         plan = replace(plan, quantize=own, weight_bytes=n_bytes)
         return _requantized(plan, notice) if changed_in(plan.checkpoint) else plan
-    if asked == "none" or (asked == "auto" and plan.backend.name != "native"):
+    if asked == "none" or (asked == "auto" and not plan.backend.is_packed):
         return replace(plan, weight_bytes=_unpacked_bytes(plan))
     return _kept(_first_that_fits(plan, asked), notice)
 
@@ -161,7 +162,7 @@ def _kept(plan: Plan, notice: Notice) -> Plan:
 def _unpacked_bytes(plan: Plan) -> int:
     """Of floats; the reference keeps a tied table twice: to look up, and as the head."""
     config = plan.checkpoint.config
-    twice = config.tied and plan.backend.name != "native"
+    twice = config.tied and not plan.backend.is_packed
     n_values = config.n_params + (config.vocab_size * config.dim if twice else 0)
     return n_values * (4 if plan.dtype == "float32" else 2)
 
@@ -178,8 +179,14 @@ def _token_bytes(plan: Plan) -> int:
 
 def _fitting(plan: Plan) -> int:
     """Tokens of context that memory leaves room for."""
-    _, available = hardware.memory_bytes()
-    return max(0, (int(available * MEMORY_SHARE) - plan.weight_bytes) // _token_bytes(plan))
+    return max(0, (_usable_bytes(plan) - plan.weight_bytes) // _token_bytes(plan))
+
+
+def _usable_bytes(plan: Plan) -> int:
+    """Of the memory that weights and cache are in."""
+    gpu = plan.backend.gpu
+    _, available = hardware.memory_bytes() if gpu is None else hardware.gpu_memory_bytes(gpu)
+    return int(available * MEMORY_SHARE)
 
 
 def _context(plan: Plan, asked: int | None, notice: Notice) -> int:
@@ -188,13 +195,15 @@ def _context(plan: Plan, asked: int | None, notice: Notice) -> int:
     limit = config.longest_context
     if asked is not None and not 0 < asked <= limit:
         raise UsageError(f"--ctx-size is {asked}, the model takes 1 to {limit} tokens")
-    wanted, fits = asked or config.max_seq_len, _fitting(plan)
+    is_on_gpu = plan.backend.gpu is not None
+    own = min(config.max_seq_len, GPU_CONTEXT) if is_on_gpu else config.max_seq_len
+    wanted, fits = asked or own, _fitting(plan)
     if fits < min(wanted, LEAST_CONTEXT) or (asked and fits < asked):
-        _, available = hardware.memory_bytes()
         needed = (plan.weight_bytes + _token_bytes(plan) * wanted) / GIB
         raise WillNotFitError(
             f"needs {needed:.1f} GiB with {wanted} tokens of context, "
-            f"{available * MEMORY_SHARE / GIB:.1f} GiB of memory is to be had",
+            f"{_usable_bytes(plan) / GIB:.1f} GiB of {'GPU ' if is_on_gpu else ''}memory "
+            "is to be had",
             hint=f"--ctx-size {fits} would fit" if fits >= LEAST_CONTEXT else _smaller(plan),
         )
     if fits < wanted:
@@ -204,7 +213,7 @@ def _context(plan: Plan, asked: int | None, notice: Notice) -> int:
 
 def _smaller(plan: Plan) -> str:
     """What else may fit."""
-    if plan.backend.name == "native" and plan.quantize in ("none", "int8"):
+    if plan.backend.is_packed and plan.quantize in ("none", "int8"):
         fits = _fitting(_quantized(plan, "int4")) >= LEAST_CONTEXT
         return "--quantize int4 would fit" if fits else "take a smaller model"
     return "take a smaller model"

@@ -134,7 +134,7 @@ def _measured(
         times = list(_repeated(model, test, plan.repetitions, status))
         peak_bytes = max(peak_bytes, hardware.peak_memory_bytes())
         status(f"{setup.model}: memory bandwidth")
-        bandwidth = read_bandwidth(model.threads)
+        bandwidth = read_bandwidth(model.threads, model.device)
         hardware.reset_peak_memory()  # what was read is no part of the model
         yield _row(model, test, times, bandwidth, load_s=load_s, peak_bytes=peak_bytes)
 

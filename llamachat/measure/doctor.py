@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -36,15 +37,15 @@ def examine() -> dict[str, Any]:
     cache, notice = settings.cache_dir()
     threads, threads_reason = _threads()
     backend = _backend()
-    is_native = backend["backend"] == "native"
+    is_native = backend["backend"] in ("native", "cuda")
     value_bytes = None if is_native else {"bfloat16": 2, "float32": 4}[backend["dtype"]]
-    bandwidth = round(rates.read_bandwidth(threads), 1)
+    bandwidth = round(rates.read_bandwidth(threads, backend["device"]), 1)
     models = installed()
     return {
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in PACKAGES},
         "platform": platform.platform(),
-        "device": "cpu",
+        "gpus": [asdict(gpu) for gpu in hardware.gpus()],
         "cpu": hardware.cpu_name(),
         **_instruction_sets(),
         "threads": threads,
@@ -82,8 +83,9 @@ def _threads() -> tuple[int, str]:
 
 def _backend() -> dict[str, Any]:
     """What `load` chooses and why, and the native instruction sets of this CPU, best first."""
-    chosen = backends.choose()
+    chosen = backends.choose(device="auto")
     return {
+        "device": chosen.device,
         "backend": chosen.name,
         "backend_reason": chosen.reason,
         "native_instruction_sets": list(instruction_sets()) if chosen.name == "native" else [],

@@ -20,14 +20,26 @@ T, O, I = 256, 4096, 4096  # tokens and matrix of the products: those of a 7B mo
 MEASURED_S = 0.3
 
 
-def read_bandwidth(threads: int) -> float:
-    """GB/s that the CPU reads at most: the best of several passes over 512 MiB."""
+def read_bandwidth(threads: int, device: str = "cpu") -> float:
+    """GB/s that the CPU, or a GPU, reads at most: the best of several passes over much memory."""
+    if device != "cpu":
+        return _gpu_bandwidth(device)
     buffer = huge(BUFFER_BYTES).view(torch.float32)  # where weights are; its sum keeps up
     buffer.fill_(1)
     if native := _native(threads):
         return max(native.read_bandwidth(buffer) for _ in range(READS))
     with _torch_threads(threads):
         return max(buffer.nbytes / _seconds(buffer.sum) / GIGA for _ in range(READS))
+
+
+def _gpu_bandwidth(device: str) -> float:
+    """GB/s of a sum, of more than its caches hold."""
+    buffer = torch.ones(8 * BUFFER_BYTES // 4, device=device)
+    times: list[float] = []
+    for _ in range(READS + 1):
+        torch.cuda.synchronize(device)
+        times.append(_seconds(lambda: buffer.sum().item()))
+    return buffer.nbytes / min(times[1:]) / GIGA
 
 
 def int8_gop_per_s(threads: int) -> float | None:

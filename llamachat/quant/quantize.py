@@ -55,7 +55,7 @@ def of_codes(codes: Tensor, scales: Tensor, form: Form) -> QTensor:
 
 def _coded(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Codes (N, group) int8 or uint8, and scales (N, 1) float16, of x (N, group)."""
-    levels = _Levels(form)
+    levels = _Levels(form, x.device)
     first = x.gather(1, x.abs().argmax(1, keepdim=True)) / levels.first
     search = _Search(x, levels)
     search.consider(first, torch.zeros_like(first))
@@ -77,9 +77,12 @@ def _coded(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 class _Levels:
     """The multiples of a scale that codes stand for: 16 of a codebook, or integers up to 127."""
 
-    def __init__(self, form: Form) -> None:
-        self.codebook = torch.tensor(CODEBOOK, dtype=torch.float32) if form.bits == 4 else None
-        self.first = TOP if self.codebook is None else float(CODEBOOK[0])
+    def __init__(self, form: Form, device: torch.device) -> None:
+        self.codebook: Tensor | None = None
+        self.first = TOP
+        if form.bits == 4:
+            self.codebook = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
+            self.first = float(CODEBOOK[0])
 
     def codes(self, z: Tensor, shift: Tensor) -> Tensor:
         """The codes whose levels are nearest to z, int8 or uint8."""
@@ -118,9 +121,9 @@ class _Search:
 
     def __init__(self, x: Tensor, levels: _Levels) -> None:
         self._x, self._levels = x, levels
-        self._least = torch.full((len(x), 1), torch.inf)
-        self.scale = torch.zeros((len(x), 1), dtype=torch.float16)
-        self.shift = torch.zeros((len(x), 1))
+        self._least = torch.full((len(x), 1), torch.inf, device=x.device)
+        self.scale = torch.zeros((len(x), 1), dtype=torch.float16, device=x.device)
+        self.shift = torch.zeros((len(x), 1), device=x.device)
 
     def consider(self, scale: Tensor, shift: Tensor) -> Tensor:
         """Take what errs less; returns the best scales for the codes of these."""

@@ -78,7 +78,8 @@ class QTensor:
         out, groups = self.scales.shape
         values = self._values().view(out, groups, self.group_size)  # (O, I) -> (O, G, group)
         if self.shifts is not None:
-            values = values + self.shifts[self.scales.view(torch.int16).long() & 15].unsqueeze(-1)
+            number = self.scales.view(torch.int16).long() & 15
+            values = values + self.shifts.to(number.device)[number].unsqueeze(-1)
         values = values.to(dtype) * self.scales.to(dtype).unsqueeze(-1)
         if self.mins is not None:
             values += self.mins.to(dtype).unsqueeze(-1)
@@ -89,5 +90,5 @@ class QTensor:
             return self.codes.float()
         codes = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).view(self.shape)
         if self.codebook is not None:
-            return self.codebook[codes.long()]
+            return self.codebook.to(codes.device)[codes.long()]
         return codes.float() if self.mins is not None else codes.float() - 8

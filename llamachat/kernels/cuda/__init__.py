@@ -1,0 +1,386 @@
+"""The contract on an NVIDIA GPU: a few tokens in kernels of our own, prompts on cuBLAS.
+
+Passes of up to `FEW` tokens multiply packed weights with activations at 8 bits; each is recorded in
+a CUDA graph when its shape comes for the second time. Longer ones unpack weights to bfloat16, a
+part at a time, and are `Reference` otherwise.
+
+Six kernels a layer: a norm is computed by the sum that comes before it, whose `linear_add` waits
+for what follows; only the norm's divisor is left to the product, which it is a factor of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llamachat.errors import UsageError, WillNotFitError
+from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Norm, Weight, reference
+from llamachat.kernels.cuda import structures
+from llamachat.kernels.cuda.compiler import Compiler, Kernel
+from llamachat.kernels.cuda.passes import Pass, Shape
+from llamachat.kernels.cuda.prompts import Prompts
+from llamachat.kernels.cuda.weights import BLOCK, Packed, pack
+from llamachat.quant.tensor import QTensor
+
+__all__ = ["Cuda"]
+
+FEW = 16  # tokens that a weight is read packed for
+THREADS = 128
+STORE, ADD, SWIGLU = range(3)
+CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+# Of products by mode and tokens: rows of a warp, units of each on their way, and blocks that a
+# processor shall have room for. Measured on an H100 with shapes of a 7B model.
+TILES = {
+    STORE: {1: (4, 1, 3), 2: (4, 1, 2), 4: (4, 1, 2), 8: (4, 1, 2)},
+    ADD: {1: (1, 1, 1), 2: (1, 1, 1), 4: (2, 1, 1), 8: (4, 1, 1)},
+    SWIGLU: {1: (4, 1, 3), 2: (4, 1, 2), 4: (4, 1, 2), 8: (4, 1, 2)},
+}
+LARGEST_HEAD = 256  # elements
+SHARED_HEADS = 4  # query heads that a block of attention has at most
+BLOCKS_PER_SM, LEAST_SPLIT, MOST_SPLITS = 4, 32, 32  # of attention; entries of a split
+
+
+@dataclass(frozen=True, slots=True)
+class Slots(reference.Cache):
+    """Keys and values, and the passes over them by shape."""
+
+    passes: dict[Shape, Pass] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Activations of a few tokens, at 8 bits and as they are; `struct` points into `memory`."""
+
+    struct: structures.Acts
+    memory: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """h += W x, which waits for the norm of h."""
+
+    x: Coded
+    weight: Packed
+    h: Tensor
+
+
+class Cuda(reference.Reference):
+    """Every call of `Kernels` on one GPU.
+
+    Attributes:
+        device: "cuda:0"...
+        dtype: of keys and values by default.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self, device: torch.device | str = "cuda:0", dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Raises:
+            UsageError: what compiles kernels is missing.
+        """
+        super().__init__(device, dtype)
+        self._compiler = Compiler(self.device)
+        self._prompts = Prompts(self._compiler, self.device)
+        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._pool = torch.cuda.graph_pool_handle()
+        self._sum: _Sum | None = None
+        self._is_pass = False
+
+    def pack(
+        self,
+        parts: Sequence[Tensor | QTensor],
+        *,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        lookup: bool = False,
+    ) -> Weight:
+        """Parts one after the other, each in the form it came in."""
+        return pack(parts, bias, self.device)
+
+    def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Slots:
+        """Memory on the GPU, of zeros.
+
+        Raises:
+            UsageError: no kernel has heads of this size.
+        """
+        if shape.head_dim % 8 or shape.head_dim > LARGEST_HEAD:
+            raise UsageError(
+                f"CUDA kernels need heads of a multiple of 8 up to {LARGEST_HEAD} elements, "
+                f"this model's have {shape.head_dim}",
+                hint="--device cpu runs it",
+            )
+        made = super().cache(shape, slots, form)
+        return Slots(made.shape, made.keys.zero_(), made.values.zero_(), made.scales)
+
+    def n_bytes(self, weight: Weight) -> int:
+        """Codes, scales, minima and bias."""
+        n_bytes: int = weight.n_bytes
+        return n_bytes
+
+    def run(
+        self, forward: Callable[[Batch], Tensor], batch: Batch, cache: Cache | None = None
+    ) -> Tensor:
+        """A few tokens over `cache` are recorded when their shape comes again.
+
+        Raises:
+            WillNotFitError: there is no memory for activations.
+        """
+        try:
+            with torch.inference_mode(), torch.cuda.device(self.device):
+                if len(batch.ids) > FEW:
+                    self._read(batch)
+                    return forward(batch.to(self.device))
+                self._is_pass, self._sum = True, None
+                return self._few(forward, batch, {} if cache is None else cache.passes)
+        except torch.OutOfMemoryError as error:
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info(self.device))
+            raise WillNotFitError(
+                f"no GPU memory for a pass of {len(batch.ids)} tokens: {free:.1f} of {total:.1f} "
+                "GiB are free",
+                hint="--quantize int4, or a smaller --ctx-size",
+            ) from error
+        finally:
+            self._is_pass = False
+
+    def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
+        """(T,) times (E / 2,) -> (T, E / 2) each."""
+        tokens, half = len(position), len(frequencies)
+        cosines, sines = self._floats(tokens, half), self._floats(tokens, half)
+        args = structures.Angles(
+            position=position.data_ptr(),
+            frequencies=frequencies.data_ptr(),
+            cosines=cosines.data_ptr(),
+            sines=sines.data_ptr(),
+            half=half,
+            tokens=tokens,
+        )
+        kernel = self._compiler.kernel("stream.cu", "angles", WEIGHTS=0)
+        kernel((_ceil(tokens * half, THREADS),), THREADS, args)
+        return cosines, sines
+
+    def embed(self, batch: Batch, weight: Weight) -> Tensor:
+        """(T, D)."""
+        (part,) = weight.parts
+        dim = weight.shape[1]
+        h = self._floats(len(batch.ids), dim)
+        args = structures.Embed(part.struct, batch.ids.data_ptr(), h.data_ptr(), dim)
+        kernel = self._compiler.kernel("stream.cu", "embed", WEIGHTS=part.form)
+        kernel((_ceil(dim, 8 * THREADS), len(batch.ids)), THREADS, args)
+        return h
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """(T, I) -> (T, O) float32."""
+        if len(x) <= FEW:
+            return self._product(self._coded(x.float().contiguous()), weight)
+        return self._prompts.linear(x, weight)
+
+    def norm_linear(self, h: Tensor, norm: Norm, weight: Weight) -> Tensor:
+        """(T, D) -> (T, O)."""
+        if len(h) > FEW:
+            return self.linear(self._norm(h, norm), weight)
+        return self._product(self._normed(h, norm), weight)
+
+    def attention(self, qkv: Tensor, angles: Angles, batch: Batch, cache: Cache, layer: int) -> Act:
+        """(T, (H + 2K) E) -> (T, H E)."""
+        tokens, shape = len(qkv), cache.shape
+        heads = qkv.shape[1] // shape.head_dim - 2 * shape.n_kv_heads
+        if tokens > FEW and cache.keys.dtype != torch.bfloat16:
+            return super().attention(qkv, angles, batch, cache, layer)
+        tile = min(heads // shape.n_kv_heads, SHARED_HEADS)
+        blocks = shape.n_kv_heads * _ceil(heads // shape.n_kv_heads, tile)
+        splits = self._splits(blocks * tokens, batch.table.shape[1])
+        scales = (None, None) if cache.scales is None else cache.scales[:, layer]
+        args = structures.Attention(
+            *map(_pointer, (qkv, *angles, batch.row, batch.slot, batch.seen, batch.table)),
+            *map(_pointer, (cache.keys[layer], cache.values[layer], *scales)),
+            slots=cache.keys.shape[2],
+            table_stride=batch.table.stride(0),
+            heads=heads,
+            kv_heads=shape.n_kv_heads,
+            splits=splits,
+            is_stored=tokens > 1,
+        )
+
+        def kernel(name: str) -> Kernel:
+            form = CACHES[cache.keys.dtype]
+            return self._compiler.kernel(
+                "attention.cu", name, HEAD_DIM=shape.head_dim, HEADS=tile, CACHE=form
+            )
+
+        if tokens > 1:  # which see each other
+            kernel("store")((shape.n_kv_heads, tokens), 32, args)
+        if tokens > FEW:
+            q = qkv.new_empty((tokens, heads, shape.head_dim), dtype=torch.bfloat16)
+            args.partial = q.data_ptr()
+            kernel("turn")((heads, tokens), 32, args)
+            return self._attended(q, cache, layer).reshape(tokens, -1)
+        out = self._acts(tokens, heads * shape.head_dim)
+        partial = self._floats(tokens * heads * splits, shape.head_dim)
+        weights = self._floats(tokens * heads * splits, 2)
+        args.partial, args.weights = partial.data_ptr(), weights.data_ptr()
+        args.out = out.struct
+        kernel("attend")((blocks, splits, tokens), THREADS, args)
+        kernel("combine")((_ceil(out.struct.blocks, THREADS // 32), tokens), THREADS, args)
+        return out
+
+    def linear_add(self, x: Act, weight: Weight, h: Tensor) -> None:
+        """h (T, D) += W x."""
+        if isinstance(x, Tensor) and len(x) > FEW:
+            h += self.linear(x, weight)
+            return
+        act = self._coded(x.float().contiguous()) if isinstance(x, Tensor) else x
+        if self._is_pass:
+            assert self._sum is None
+            self._sum = _Sum(act, weight, h)
+        else:
+            self._multiply(act, weight, ADD, h)
+
+    def norm_swiglu(self, h: Tensor, norm: Norm, weight: Weight) -> Act:
+        """(T, D) -> (T, F)."""
+        if len(h) > FEW:
+            gate_up = self.linear(self._norm(h, norm), weight)
+            if self.dtype != torch.bfloat16:
+                gate, up = gate_up.chunk(2, dim=-1)
+                return torch.nn.functional.silu(gate) * up
+            return self._prompts.gate(gate_up)
+        return self._gated(self._normed(h, norm), weight)
+
+    def logits(self, h: Tensor, norm: Norm, weight: Weight, wanted: Tensor) -> Tensor:
+        """(L, V)."""
+        if len(h) > FEW:
+            return self.linear(self._norm(h[wanted], norm), weight)
+        return self._product(self._normed(h, norm), weight, wanted)
+
+    def _norm(self, h: Tensor, norm: Norm) -> Tensor:
+        """Of a prompt."""
+        if self.dtype != torch.bfloat16:
+            return super()._norm(h, norm)
+        return self._prompts.norm(h, norm)
+
+    def _few(
+        self, forward: Callable[[Batch], Tensor], batch: Batch, passes: dict[Shape, Pass]
+    ) -> Tensor:
+        shape = Shape.of(batch)
+        if known := passes.get(shape):
+            return known.replay(forward, batch, self._pool)
+        passes[shape] = Pass(shape, self.device)
+        return passes[shape].run(forward, batch)
+
+    def _normed(self, h: Tensor, norm: Norm) -> Coded:
+        """Codes of h times the norm's weight; a sum that waits for them is added first."""
+        out = self._acts(h.shape[0], h.shape[1], norm)
+        if self._sum is not None:
+            waiting, self._sum = self._sum, None
+            assert waiting.h is h
+            self._multiply(waiting.x, waiting.weight, ADD, h, out=out, gain=norm.weight)
+            return out
+        return self._code(h, out, norm.weight)
+
+    def _coded(self, x: Tensor) -> Coded:
+        return self._code(x, self._acts(x.shape[0], x.shape[1]), None)
+
+    def _code(self, x: Tensor, out: Coded, gain: Tensor | None) -> Coded:
+        args = structures.Code(out.struct, x.data_ptr(), _pointer(gain))
+        kernel = self._compiler.kernel("stream.cu", "code", WEIGHTS=0)
+        kernel((_ceil(out.struct.blocks, THREADS // 32), len(x)), THREADS, args)
+        return out
+
+    def _gated(self, x: Coded, weight: Packed) -> Coded:
+        out = self._acts(x.tokens, weight.parts[0].shape[0])
+        self._multiply(x, weight, SWIGLU, None, out=out)
+        return out
+
+    def _product(self, x: Coded, weight: Packed, wanted: Tensor | None = None) -> Tensor:
+        tokens = x.tokens if wanted is None else len(wanted)
+        out = self._floats(tokens, weight.shape[0])
+        self._multiply(x, weight, STORE, out, wanted=wanted)
+        return out
+
+    def _multiply(
+        self,
+        x: Coded,
+        weight: Packed,
+        mode: int,
+        y: Tensor | None,
+        *,
+        out: Coded | None = None,
+        gain: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> None:
+        """One product; `out` is what becomes of it at 8 bits, `y` where it is stored or added."""
+        tokens = x.tokens if wanted is None else len(wanted)
+        tiles = TILES[mode]
+        tile = next(t for t in tiles if t >= min(tokens, max(tiles)))
+        rows, depth, resident = tiles[tile]
+        forms = " ".join(f"X({form})" for form in sorted({part.form for part in weight.parts}))
+        kernel = self._compiler.kernel(
+            "linear.cu",
+            "linear",
+            FORMS=forms,
+            MODE=mode,
+            TOKENS=tile,
+            ROWS=rows,
+            DEPTH=depth,
+            RESIDENT=resident,
+        )
+        args = structures.Linear(
+            x=x.struct,
+            bias=_pointer(weight.bias),
+            gain=_pointer(gain),
+            wanted=_pointer(wanted),
+            y=_pointer(y),
+            width=weight.shape[0],
+            n_parts=len(weight.parts),
+            tokens=tokens,
+        )
+        for i, part in enumerate(weight.parts):
+            args.parts[i] = part.struct
+        if out is not None:
+            args.out = out.struct
+        several = weight.parts[:1] if mode == SWIGLU else weight.parts
+        blocks = sum(_ceil(part.shape[0], BLOCK) for part in several)
+        kernel((blocks, _ceil(tokens, tile)), BLOCK // rows * 32, args)
+
+    def _acts(self, tokens: int, dim: int, norm: Norm | None = None) -> Coded:
+        blocks = _ceil(dim, BLOCK)
+        n = tokens * blocks
+        memory = torch.empty(n * (32 + 4 + 4 + 4 * 32 + 4), dtype=torch.uint8, device=self.device)
+        codes = memory.data_ptr()
+        values = codes + 32 * n
+        scales = values + 128 * n
+        sums, squares = scales + 4 * n, scales + 8 * n
+        struct = structures.Acts(
+            codes=codes,
+            scales=scales,
+            sums=sums,
+            values=values,
+            squares=None if norm is None else squares,
+            blocks=blocks,
+            dim=dim,
+            eps=0.0 if norm is None else norm.eps,
+        )
+        return Coded(struct, memory, tokens)
+
+    def _splits(self, blocks: int, entries: int) -> int:
+        """Parts of the context, so that all processors have some."""
+        wanted = _ceil(BLOCKS_PER_SM * self._processors, blocks)
+        return max(1, min(wanted, entries // LEAST_SPLIT, MOST_SPLITS))
+
+    def _floats(self, n: int, width: int) -> Tensor:
+        return torch.empty((n, width), dtype=torch.float32, device=self.device)
+
+
+def _ceil(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,92 @@
+"""Products of many tokens: weights unpacked to bfloat16, a matrix at a time, and cuBLAS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llamachat.kernels import Norm
+from llamachat.kernels.cuda import structures
+from llamachat.kernels.cuda.compiler import Compiler
+from llamachat.kernels.cuda.weights import Packed, Part
+
+UNPACKED_BYTES = 1 << 28  # at once
+THREADS = 256
+
+
+class Prompts:
+    """What a layer computes for a prompt beside attention."""
+
+    def __init__(self, compiler: Compiler, device: torch.device) -> None:
+        self._compiler = compiler
+        self._device = device
+
+    def linear(self, x: Tensor, weight: Packed) -> Tensor:
+        """(T, I) -> (T, O) float32; parts of float32 are multiplied as such."""
+        if any(part.codes.dtype == torch.float32 for part in weight.parts):
+            products = [x.float() @ self._floats(part).T for part in weight.parts]
+        else:
+            x = x.bfloat16()
+            tiles = self._tiles(weight)
+            products = [torch.mm(x, tile.T, out_dtype=torch.float32) for tile in tiles]
+        out = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        return out if weight.bias is None else out + weight.bias
+
+    def norm(self, h: Tensor, norm: Norm) -> Tensor:
+        """RMSNorm of (T, D) float32, as bfloat16."""
+        return self._rows("norm_rows", h, h.shape[1], norm)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of (T, 2 F) float32, as bfloat16 (T, F)."""
+        return self._rows("gate_rows", gate_up, gate_up.shape[1] // 2, None)
+
+    def _rows(self, name: str, x: Tensor, dim: int, norm: Norm | None) -> Tensor:
+        out = torch.empty((len(x), dim), dtype=torch.bfloat16, device=self._device)
+        args = structures.Rows(x=x.data_ptr(), out=out.data_ptr(), dim=dim)
+        grid: tuple[int, ...] = (-(-dim // THREADS), len(x))
+        if norm is not None:
+            args.gain, args.eps = norm.weight.data_ptr(), norm.eps
+            grid = (len(x),)
+        self._compiler.kernel("stream.cu", name, WEIGHTS=0)(grid, THREADS, args)
+        return out
+
+    def _tiles(self, weight: Packed) -> Iterator[Tensor]:
+        """The weight as bfloat16 (n, I), all of its rows in turn."""
+        rows, cols = weight.shape
+        at_once = max(1, UNPACKED_BYTES // (2 * cols))
+        first = weight.parts[0]
+        if len(weight.parts) == 1 and first.codes.dtype == torch.bfloat16:
+            yield first.codes[:, :cols]
+        elif rows <= at_once:
+            tile, end = self._tile(rows, cols), 0
+            for part in weight.parts:
+                begin, end = end, end + part.shape[0]
+                self._unpack(part, 0, tile[begin:end])
+            yield tile
+        else:
+            for part in weight.parts:
+                for row in range(0, part.shape[0], at_once):
+                    tile = self._tile(min(at_once, part.shape[0] - row), cols)
+                    self._unpack(part, row, tile)
+                    yield tile
+
+    def _tile(self, rows: int, cols: int) -> Tensor:
+        return torch.empty((rows, cols), dtype=torch.bfloat16, device=self._device)
+
+    def _floats(self, part: Part) -> Tensor:
+        rows, cols = part.shape
+        if part.codes.dtype == torch.float32:
+            return part.codes[:, :cols]
+        tile = self._tile(rows, cols)
+        self._unpack(part, 0, tile)
+        return tile.float()
+
+    def _unpack(self, part: Part, first: int, out: Tensor) -> None:
+        """Rows from `first` on."""
+        rows, cols = out.shape
+        count = rows * -(-cols // 8)
+        args = structures.Unpack(part.struct, out.data_ptr(), cols, first, count)
+        kernel = self._compiler.kernel("stream.cu", "unpack", WEIGHTS=part.form)
+        kernel((-(-count // THREADS),), THREADS, args)

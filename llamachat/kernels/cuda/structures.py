@@ -1,0 +1,136 @@
+"""What kernels are called with: the structures of the .cu and .cuh files, for ctypes."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int8, c_int32, c_int64, c_void_p
+
+
+class Acts(Structure):
+    """Activations (T, K): codes of 8 bits, and the values themselves (common.cuh)."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("values", c_void_p),
+        ("squares", c_void_p),
+        ("blocks", c_int32),
+        ("dim", c_int32),
+        ("eps", c_float),
+        ("unused", c_int32),
+    )
+
+
+class Part(Structure):
+    """Rows of a weight in one form (weights.cuh)."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("mins", c_void_p),
+        ("book", c_int8 * 16),
+        ("summands", c_int8 * 16),
+        ("stride", c_int64),
+        ("unit", c_float),
+        ("rows", c_int32),
+        ("units", c_int32),
+        ("groups", c_int32),
+        ("shift", c_int32),
+        ("step", c_int32),
+        ("form", c_int32),
+        ("first", c_int32),
+    )
+
+
+class Linear(Structure):
+    """A product of a few tokens (linear.cu)."""
+
+    _fields_ = (
+        ("parts", Part * 3),
+        ("x", Acts),
+        ("out", Acts),
+        ("bias", c_void_p),
+        ("gain", c_void_p),
+        ("wanted", c_void_p),
+        ("y", c_void_p),
+        ("width", c_int64),
+        ("n_parts", c_int32),
+        ("tokens", c_int32),
+    )
+
+
+class Angles(Structure):
+    """Positions times frequencies (stream.cu, as the next three)."""
+
+    _fields_ = (
+        ("position", c_void_p),
+        ("frequencies", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("half", c_int32),
+        ("tokens", c_int32),
+    )
+
+
+class Embed(Structure):
+    """Rows of a table."""
+
+    _fields_ = (("part", Part), ("ids", c_void_p), ("h", c_void_p), ("dim", c_int64))
+
+
+class Unpack(Structure):
+    """Rows of a weight as bfloat16."""
+
+    _fields_ = (
+        ("part", Part),
+        ("out", c_void_p),
+        ("columns", c_int64),
+        ("first", c_int64),
+        ("count", c_int64),
+    )
+
+
+class Code(Structure):
+    """Values brought to 8 bits."""
+
+    _fields_ = (("out", Acts), ("x", c_void_p), ("gain", c_void_p))
+
+
+class Attention(Structure):
+    """Attention of a few tokens in one layer (attention.cu)."""
+
+    _fields_ = (
+        ("qkv", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("row", c_void_p),
+        ("slot", c_void_p),
+        ("seen", c_void_p),
+        ("table", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("partial", c_void_p),
+        ("weights", c_void_p),
+        ("out", Acts),
+        ("slots", c_int64),
+        ("table_stride", c_int64),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("splits", c_int32),
+        ("is_stored", c_int32),
+    )
+
+
+class Rows(Structure):
+    """Rows of a prompt, normed or gated (stream.cu)."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("gain", c_void_p),
+        ("out", c_void_p),
+        ("dim", c_int64),
+        ("eps", c_float),
+        ("unused", c_int32),
+    )
