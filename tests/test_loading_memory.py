@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ class Live:
         self.now = self.peak = self.total = 0
 
     def watch(self, tensor: Any) -> None:
+        gc.collect()  # what only a cycle holds is no longer held
         self.now += tensor.nbytes
         self.total += tensor.nbytes
         self.peak = max(self.peak, self.now)
