@@ -123,6 +123,18 @@ def _instruction_sets() -> list[Any]:
 
 
 @pytest.fixture(scope="session")
+def exact_decoder(random_decoder: Callable[..., Decoder]) -> Decoder:
+    """Of which a pass over several tokens is exactly as good as several passes."""
+    from llamachat.kernels.library import LibraryMissing
+    from llamachat.kernels.native import Native
+
+    try:
+        return random_decoder(Native(1))
+    except LibraryMissing as missing:
+        pytest.skip(f"no kernels: {missing}")
+
+
+@pytest.fixture(scope="session")
 def native(isa: str) -> Callable[[int], Native]:
     """Gives the native backend with so many threads and the instruction set `isa`."""
     from functools import cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +16,6 @@ from llamachat.engine.engine import Engine
 from llamachat.engine.events import Done, EngineEvent, Speculation, Token
 from llamachat.engine.strategies import Greedy, Sample, Single
 from llamachat.errors import UsageError
-from llamachat.kernels.library import LibraryMissing
-from llamachat.kernels.native import Native
 from llamachat.model.decoder import Decoder
 
 PROMPT = [5, 9, 17, 3, 33, 60, 2, 41] * 3
@@ -46,11 +43,8 @@ DECODINGS = {"greedy": Greedy(), "sampled": SAMPLED, "history": Fresh()}
 
 
 @pytest.fixture(scope="module")
-def decoder(random_decoder: Callable[..., Decoder]) -> Decoder:
-    try:
-        return random_decoder(Native(1))
-    except LibraryMissing as missing:
-        pytest.skip(f"no kernels: {missing}")
+def decoder(exact_decoder: Decoder) -> Decoder:
+    return exact_decoder
 
 
 def new_engine(decoder: Decoder, ctx_size: int = 96) -> Engine:

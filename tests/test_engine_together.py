@@ -16,8 +16,6 @@ from llamachat.engine.engine import Engine
 from llamachat.engine.events import Done, EngineEvent, Tails, Token
 from llamachat.engine.strategies import Greedy, Sample
 from llamachat.errors import UsageError
-from llamachat.kernels.library import LibraryMissing
-from llamachat.kernels.native import Native
 from llamachat.model.decoder import Decoder
 
 PROMPT = [5, 9, 17, 3, 33, 60, 2, 41] * 2
@@ -48,15 +46,6 @@ def oracle(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def invariant(random_decoder: Callable[..., Decoder]) -> Decoder:
-    """Of which a pass over several tokens is exactly as good as several passes."""
-    try:
-        return random_decoder(Native(1))
-    except LibraryMissing as missing:
-        pytest.skip(f"no kernels: {missing}")
 
 
 def events(
@@ -158,11 +147,11 @@ def test_beams_that_go_on_count_what_the_reply_began_with(decoder: Decoder) -> N
 
 @pytest.mark.parametrize("decoding", [Greedy(repetition_penalty=1.02), SAMPLED])
 def test_drafts_change_neither_ids_nor_probabilities(
-    invariant: Decoder, decoding: Decoding
+    exact_decoder: Decoder, decoding: Decoding
 ) -> None:
     settings: dict[str, Any] = {"logprobs": 3, "max_new_tokens": 40}
-    *plain, _ = events(invariant, decoding, **settings)
-    *drafted, done = events(invariant, decoding, draft=8, **settings)
+    *plain, _ = events(exact_decoder, decoding, **settings)
+    *drafted, done = events(exact_decoder, decoding, draft=8, **settings)
     assert drafted == plain
     assert isinstance(done, Done)
     assert done.speculation is not None

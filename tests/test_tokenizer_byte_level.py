@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiktoken
 from tokenizers import Tokenizer as Library
+from vectors import LLAMA3_VECTORS
 
 from llamachat.tokenizer import Tokenizer
 from llamachat.tokenizer.folder import tokenizer_from_folder
@@ -27,24 +28,6 @@ SMOLLM2_VECTORS = {
     "user\n": [4093, 198],
     "assistant\n": [520, 9531, 198],
     "我爱苹果": [19805, 235, 178, 226, 126, 179, 229, 134, 43774],
-}
-LLAMA3_VECTORS = {
-    "Hello world": [9906, 1917],
-    " Hello": [22691],
-    "\n\n": [271],
-    "3333": [8765, 18],
-    "I've": [40, 3077],
-    "DON'T don't": [85741, 17773, 1541, 956],
-    "What is 1234567?": [3923, 374, 220, 4513, 10961, 22, 30],
-    "  two  spaces": [220, 1403, 220, 12908],
-    "我爱苹果": [37046, 103312, 127392],
-    "a\r\nb": [64, 319, 65],
-    " 😁": [27623, 223],
-    "Führer": [37, 51853, 261],
-    "' era": [6, 11639],
-    "!!!!!!": [17523, 3001],
-    "Cửa Việt": [34, 91163, 101798],
-    "<|eot_id|>": [27, 91, 68, 354, 851, 91, 29],
 }
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -11,30 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
+from vectors import LLAMA3_VECTORS
 
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 from llamachat.tokenizer.folder import tokenizer_from_folder
 
-# Meta's code with tiktoken.
-VECTORS = {
-    "Hello world": [9906, 1917],
-    " Hello": [22691],
-    "\n\n": [271],
-    "3333": [8765, 18],
-    "I've": [40, 3077],
-    "DON'T don't": [85741, 17773, 1541, 956],
-    "What is 1234567?": [3923, 374, 220, 4513, 10961, 22, 30],
-    "  two  spaces": [220, 1403, 220, 12908],
-    "我爱苹果": [37046, 103312, 127392],
-    "a\r\nb": [64, 319, 65],
-    " 😁": [27623, 223],
-    "Führer": [37, 51853, 261],
-    "' era": [6, 11639],
-    "!!!!!!": [17523, 3001],
-    "Cửa Việt": [34, 91163, 101798],
-    "<|eot_id|>": [27, 91, 68, 354, 851, 91, 29],
-}
 BYTES = [base64.b64encode(bytes([byte])) for byte in range(256)]
 
 
@@ -58,7 +40,7 @@ def library(data: Path) -> Library:
 
 
 def test_the_published_ids_are_given(ranks: Tokenizer) -> None:
-    assert {text: ranks.encode(text) for text in VECTORS} == VECTORS
+    assert {text: ranks.encode(text) for text in LLAMA3_VECTORS} == LLAMA3_VECTORS
 
 
 def test_ids_equal_those_of_tokenizer_json_on_a_whole_corpus(

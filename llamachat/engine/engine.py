@@ -283,8 +283,8 @@ class Engine:
         tokens = [[b.token for b in to if b.token is not None] for to in branches]
         used = [own[: len(new)] for own, new in zip(rows, tokens, strict=True)]
         logits = self._run([*chain(*used)], [*chain(*tokens)], wanted=n_needed)
-        each = iter(logits)
-        return {i: torch.stack([*islice(each, len(new))]) for i, new in enumerate(tokens) if new}
+        each = torch.split(logits, [len(new) for new in tokens])
+        return {i: own for i, own in enumerate(each) if len(own)}
 
     def _fork(self, parents: Sequence[Sequence[int]]) -> list[list[int]]:
         """Rows go on from those in `parents`, group by group; returns which rows they are now."""
@@ -325,8 +325,12 @@ class Engine:
     ) -> Batch:
         """A pass over the next `ids`, each of its row; the logits of the last ones are wanted."""
         at, new = slots.reserve(rows)
-        first = [token for row, token in zip(rows, ids, strict=True) if row == rows[0]]
-        places = self.decoder.places([*slots.ids(rows[0]), *first], at)
+
+        def of_first() -> list[int]:
+            new = (token for row, token in zip(rows, ids, strict=True) if row == rows[0])
+            return [*slots.ids(rows[0]), *new]
+
+        places = self.decoder.places(of_first, at)
         lists = [ids, rows, new, places.seen, *places.positions]
         whole = torch.tensor(lists, dtype=torch.int32)  # one for all
         id_, row, slot, seen, *position = whole.unbind()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,11 +55,12 @@ class LanguageModel(Protocol):
         """How many leading ids must be run in one pass, and can be reused only together."""
         ...
 
-    def places(self, ids: Sequence[int], at: Sequence[int]) -> Places:
+    def places(self, ids: Callable[[], Sequence[int]], at: Sequence[int]) -> Places:
         """Where the tokens of a pass stand.
 
         Args:
-            ids: those of a row up to the end of the pass; rows side by side have one prompt.
+            ids: gives those of a row up to the end of the pass, which takes as long as they are
+                many; rows side by side have one prompt.
             at: the index of each token in its row.
         """
         ...

@@ -7,7 +7,7 @@ multiplies. Source: THUDM/chatglm-6b, modeling_chatglm.py (Du et al. 2022, arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,15 +101,16 @@ class ChatGLM:
         length = self._prefix_length(ids)
         return length + 1 if length else 0
 
-    def places(self, ids: Sequence[int], at: Sequence[int]) -> Places:
+    def places(self, ids: Callable[[], Sequence[int]], at: Sequence[int]) -> Places:
         """Two positions: in the prefix, where what follows all has that of the gap, and in that.
 
         Ids without a "sop" are read as if it stood before them: what follows an empty prefix.
         """
-        length = self._prefix_length(ids)
+        whole = ids()
+        length = self._prefix_length(whole)
         prefix = self.config.prefix
         assert prefix is not None
-        before = list(ids[:length])
+        before = list(whole[:length])
         gaps = (before.index(gap) for gap in prefix.gaps if gap in before)
         gap = next(gaps, max(length - 1, 0))
         return Places(

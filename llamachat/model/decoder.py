@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -73,7 +73,7 @@ class Decoder:
         """See `LanguageModel.unbroken`."""
         return 0
 
-    def places(self, ids: Sequence[int], at: Sequence[int]) -> Places:
+    def places(self, ids: Callable[[], Sequence[int]], at: Sequence[int]) -> Places:
         """See `LanguageModel.places`."""
         return Places([place + 1 for place in at], [at])
 
