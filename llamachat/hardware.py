@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import sys
@@ -11,6 +12,13 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buf
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from llamachat import settings
+
+CUDA_CONTEXT_BYTES = 500 << 20  # that a process takes on a GPU beside its tensors
+_MEASURED = "measured.json"
+_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
+_LARGE_BLOCK_BYTES = 4 << 20
 
 
 @lru_cache(maxsize=1)
@@ -96,6 +104,13 @@ def memory_bytes() -> tuple[int, int]:
     except (OSError, ValueError):  # no cgroup, or "max"
         return total, available
     return min(total, limit), max(0, min(available, limit - used))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
@@ -184,3 +199,32 @@ def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
         driver.cuDeviceGetAttribute(byref(value), attribute, index)
     major, minor = (value.value for value in capability)
     return Gpu(name.value.decode(errors="replace"), total.value, (major, minor))
+
+
+def return_large_blocks() -> None:
+    """Let glibc give blocks of some MiB back as soon as they are freed.
+
+    By itself it raises that bound to 32 MiB with the first large block that is freed, and weights
+    that stream by leave hundreds of MB of holes (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+
+
+def keep_bandwidth(gb_per_s: float) -> None:
+    """Remember what was measured of this machine's memory, for forecasts."""
+    with suppress(OSError):
+        (settings.cache_dir()[0] / _MEASURED).write_text(
+            json.dumps({"cpu": cpu_name(), "read_bandwidth_gb_per_s": gb_per_s}), encoding="utf-8"
+        )
+
+
+def kept_bandwidth() -> float | None:
+    """GB/s that memory was last measured to be read at on this CPU, or None."""
+    try:
+        kept = json.loads((settings.cache_dir()[0] / _MEASURED).read_text(encoding="utf-8"))
+        found = float(kept["read_bandwidth_gb_per_s"])
+        return found if kept["cpu"] == cpu_name() and 0 < found < 1e6 else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -67,6 +67,14 @@ def defaults() -> Mapping[str, Any]:
     return table
 
 
+def aliases() -> Mapping[str, str]:
+    """The `[aliases]` table of the config file: own short names, and what each stands for."""
+    table = config().get("aliases", {})
+    if not isinstance(table, Mapping) or not all(isinstance(it, str) for it in table.values()):
+        raise UsageError(f"{config_path()}: 'aliases' is not a table of names")
+    return table
+
+
 def default_model() -> str:
     """The model without `-m`: `$LLAMACHAT_MODEL`, then the config file, then the embedded one."""
     return os.environ.get("LLAMACHAT_MODEL") or str(defaults().get("model", DEFAULT_MODEL))

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hub_server import TOKEN, Hub, serving
 
 if TYPE_CHECKING:
     from llamachat.kernels import Kernels
     from llamachat.kernels.native import Native
     from llamachat.model.decoder import Decoder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what loads leave behind out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMACHAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -145,3 +154,28 @@ def native(isa: str) -> Callable[[int], Native]:
 
     torch.set_num_threads(1)
     return cache(lambda threads: Native(threads, isa))
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hugging Face cache of a user with a token."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def fake_hub(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on this machine, which `huggingface_hub` talks to; hub_folder is empty."""
+    from huggingface_hub import constants
+
+    from llamachat.library import download
+
+    monkeypatch.setattr(download, "BACKOFF_S", 0.001)
+    with serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        yield server

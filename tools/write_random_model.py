@@ -44,6 +44,8 @@ SHAPES = {
     "llama-3-8b": shape(
         4096, 14_336, 32, (32, 8), rope_theta=5e5, vocab_size=128_256, max_seq_len=8192
     ),
+    "tinyllama-1.1b": shape(2048, 5632, 22, (32, 4), max_seq_len=2048),
+    "llama-160m": shape(768, 3072, 12, (12, 12), max_seq_len=2048),
     "tiny": shape(256, 512, 2, (4, 2), vocab_size=1024),
 }
 TYPES = {kind.name.lower(): (number, kind) for number, kind in BLOCK_TYPES.items()}

@@ -8,9 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from llamachat.chat.asked import done
 from llamachat.chat.events import Done, Event, FinishReason, Text
+from llamachat.chat.protocols import Speaks
 from llamachat.chat.reply import Reply, spell
-from llamachat.chat.session import ChatSession, Speaks, done
+from llamachat.chat.session import ChatSession
 from llamachat.chat.specs import Spec
 from llamachat.engine.decoding import Decoding
 from llamachat.engine.events import Done as EngineDone

@@ -8,103 +8,23 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Generator, Iterable, Sequence
+from typing import TYPE_CHECKING
 
+from llamachat.chat.asked import Asked, done
 from llamachat.chat.builtin import template_for
-from llamachat.chat.context import Fitted, fit, turns_of, without_oldest
-from llamachat.chat.events import Done, Event, FinishReason, Text, Trimmed
+from llamachat.chat.context import fit, turns_of, without_oldest
+from llamachat.chat.events import Event, FinishReason, Text, Trimmed
 from llamachat.chat.options import Options, Said
+from llamachat.chat.protocols import Speaks
 from llamachat.chat.reply import Reply
 from llamachat.chat.spoken import Begun, Spoken, begun_as, branched
 from llamachat.chat.templates import Message, Segment, Template, encode, render
 from llamachat.engine import events as engine_events
 from llamachat.errors import UsageError
-from llamachat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llamachat.engine.decoding import Decoding
-
-
-class Answers(Protocol):
-    """As much of an engine as a conversation needs."""
-
-    @property
-    def ctx_size(self) -> int:
-        """Tokens that a prompt and its reply may have together."""
-        ...
-
-    def generate(
-        self,
-        ids: Sequence[int],
-        decoding: Decoding,
-        *,
-        max_new_tokens: int | None = None,
-        stop_ids: frozenset[int] | None = None,
-        ends: Callable[[Sequence[int]], bool] | None = None,
-        logprobs: int = 0,
-        draft: int = 0,
-        stop_loops: int = 0,
-        turn: int = 0,
-        attempt: int = 0,
-        continued: int = 0,
-    ) -> Generator[engine_events.EngineEvent, None, None]:
-        """See `Engine.generate`."""
-        ...
-
-    def generate_many(
-        self,
-        ids: Sequence[int],
-        decodings: Sequence[Decoding],
-        *,
-        max_new_tokens: int | None = None,
-        stop_ids: frozenset[int] | None = None,
-        ends: Callable[[Sequence[int]], bool] | None = None,
-        stop_loops: int = 0,
-        turn: int = 0,
-        attempt: int = 0,
-    ) -> Generator[tuple[int, engine_events.EngineEvent], None, None]:
-        """See `Engine.generate_many`."""
-        ...
-
-
-class Speaks(Protocol):
-    """As much of a `Model` as a conversation needs."""
-
-    @property
-    def engine(self) -> Answers:
-        """What runs ids."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Text to ids and back."""
-        ...
-
-    @property
-    def chat_template(self) -> str | None:
-        """The Jinja source, or None for a base model."""
-        ...
-
-    @property
-    def sampling(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-        """Sampling defaults by origin."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A question at the end of its conversation, and the prompt that it makes."""
-
-    messages: tuple[Message, ...]
-    fitted: Fitted
-    trimmed: Trimmed
-
-    @property
-    def turn(self) -> int:
-        """Of the conversation, from 0."""
-        return len(turns_of(self.messages)) - 1
 
 
 class ChatSession:
@@ -361,34 +281,3 @@ class ChatSession:
     @property
     def _has_system(self) -> bool:
         return bool(self._messages) and self._messages[0].role == "system"
-
-
-def done(
-    reply: Reply, reason: FinishReason, asked: Asked, decoding: Decoding, attempt: int = 0
-) -> Done:
-    """How a reply ended, and all that is known of it."""
-    logprobs = reply.own_logprobs
-    return Done(
-        text=reply.text,
-        finish_reason=reason,
-        token_ids=reply.ids,
-        prompt_tokens=len(asked.fitted.ids),
-        reused_tokens=reply.reused,
-        seed=decoding.seed,
-        strategy=describe(decoding),
-        trimmed=asked.trimmed,
-        timings=reply.timings(),
-        logprobs=reply.logprobs,
-        attempt=attempt,
-        speculation=reply.speculation,
-        mean_logprob=sum(logprobs) / len(logprobs) if logprobs else None,
-    )
-
-
-def describe(decoding: Decoding) -> dict[str, Any]:
-    """A decoding as JSON shows it: its name and its values, each once."""
-    values = {name: value for name, value in asdict(decoding).items() if name != "seed"}
-    if sampling := values.get("sampling"):  # of beams, which have the penalties themselves
-        own = {name: value for name, value in sampling.items() if name not in (*values, "seed")}
-        values["sampling"] = own
-    return {"name": type(decoding).__name__.lower(), **values}

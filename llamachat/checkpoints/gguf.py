@@ -115,6 +115,15 @@ class GgufCheckpoint:
         return max(n_bytes, key=n_bytes.__getitem__, default="no weights")
 
     @property
+    def types(self) -> Mapping[str, str]:
+        """The type of every weight by its Hugging Face name: "Q4_K"..."""
+        return {
+            weight.hf: self._tensors[joined.name].kind.name
+            for joined in iter_joined(self.config, self._layout)
+            for weight in joined.weights
+        }
+
+    @property
     def chat_template(self) -> str | None:
         """The value of `tokenizer.chat_template`, else, of ChatGLM2, what its code writes."""
         template = self._header.metadata.get("tokenizer.chat_template")

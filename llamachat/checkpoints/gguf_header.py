@@ -87,6 +87,31 @@ def read_header(path: Path) -> Header:
         return Header(metadata, _locate(stored, path, _alignment(metadata), reader))
 
 
+def read_architecture(start: bytes, name: str) -> Mapping[str, Any]:
+    """The metadata before the vocabulary, from the first bytes of a file: a few KB are enough.
+
+    Of `tokenizer.ggml.tokens` there is the number, as the architecture's `vocab_size` where that is
+    not told.
+
+    Raises:
+        DamagedFileError: as `read_header`; or the vocabulary comes first.
+    """
+    with located(name):
+        reader = _Reader(start)
+        _check_magic(reader)
+        n_tensors, count = reader.number("Q"), reader.number("Q")
+        metadata: dict[str, Any] = {"tensors": n_tensors}
+        for _ in range(count):
+            key = reader.string()
+            if key == "tokenizer.ggml.tokens":
+                _, _, n_tokens = (reader.number(code) for code in "IIQ")
+                kind = metadata.get("general.architecture")
+                return {f"{kind}.vocab_size": n_tokens, **metadata}
+            with located(shown(key)):
+                metadata[key] = _read_value(reader)
+        return metadata
+
+
 def without_tensors(path: Path) -> bytes:
     """A GGUF file of the same metadata that holds no tensors.
 
@@ -126,7 +151,7 @@ class _Stored:
 class _Reader:
     """Takes values from the front of the data, never from beyond its end."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap | bytes) -> None:
         self._data = data
         self.size = len(data)
         self.at = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -80,3 +81,21 @@ def commonest_type(stored: Iterable[Stored]) -> str:
     for tensor in stored:
         n_values[tensor.dtype] += math.prod(tensor.shape)
     return max(n_values, key=n_values.__getitem__, default="no weights")
+
+
+def header_types(start: bytes, name: str) -> Mapping[str, str]:
+    """The type of each tensor of a safetensors file, from its first bytes; empty if too few.
+
+    Format: eight bytes with the length of a JSON object (github.com/huggingface/safetensors).
+
+    Raises:
+        DamagedFileError: they begin no such file.
+    """
+    n_bytes = int.from_bytes(start[:8], "little")
+    if n_bytes > len(start) - 8:
+        return {}
+    try:
+        tensors = json.loads(start[8 : 8 + n_bytes])
+        return {key: str(it["dtype"]) for key, it in tensors.items() if key != "__metadata__"}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"{name}: its header is no JSON object of tensors") from error

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llamachat.cli import bench, chat, compare, doctor, eval, merge, models, quantize, tokenize
+from llamachat.cli import bench, chat, compare, doctor, eval, fit, merge, models, quantize, tokenize
 from llamachat.errors import LlamachatError, UsageError
 from llamachat.terminal import output
 from llamachat.terminal.failure import show_failure
@@ -134,6 +134,7 @@ for name, command in (
     ("chat", chat.chat),
     ("compare", compare.compare),
     ("pull", models.pull),
+    ("fit", fit.fit),
     ("list", models.list_models),
     ("show", models.show),
     ("where", models.where),

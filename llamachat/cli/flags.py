@@ -38,6 +38,9 @@ Json = Annotated[bool, option("--json", help="JSON on stdout.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No notices on stderr.")]
 Verbose = Annotated[bool, option("--verbose", "-v", help="Statistics, and tracebacks.")]
 Offline = Annotated[bool, option("--offline", help="Never use the network.")]
+Force = Annotated[
+    bool, option("--force", help="Go on although it is forecast not to fit in memory.")
+]
 # Typer evaluates annotations on Python 3.10, too: hence Optional.
 Text = Optional[str]  # noqa: UP045
 Number = Optional[int]  # noqa: UP045

@@ -16,14 +16,19 @@ def pull(
     model: Name,
     *,
     revision: Revision = None,
-    force: Annotated[bool, option("--force", help="Fetch again.")] = False,
+    force: Annotated[
+        bool, option("--force", help="Fetch again, and what is forecast not to fit in memory.")
+    ] = False,
     offline: Offline = False,
     hf_token_file: TokenFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Download and verify a model. What is on disk is not fetched again."""
+    from functools import partial
+
     from llamachat.library.store import resolve
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.fitting import consult
     from llamachat.terminal.output import write
     from llamachat.terminal.progress import download_progress
     from llamachat.terminal.question import token
@@ -37,6 +42,7 @@ def pull(
             offline=offline,
             force=force,
             whole=False,
+            approve=partial(consult, force=force, notices=notices),
             notice=notices,
             progress=progress,
         )
@@ -46,12 +52,25 @@ def pull(
 def list_models(
     *,
     all: Annotated[bool, option("--all", help="And what could be fetched.")] = False,
+    max_size: Annotated[
+        Optional[str], option("--max-size", metavar="N", help="Parameters at most: 8b, 360m.")
+    ] = None,
+    family: Annotated[
+        Optional[str], option("--family", metavar="NAME", help="Of it alone.")
+    ] = None,
+    licence: Annotated[
+        Optional[str], option("--licence", metavar="NAME", help="Under it alone.")
+    ] = None,
+    gated: Annotated[
+        Optional[bool], option("--gated/--not-gated", help="Those that ask for a consent, or not.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """List the models on disk."""
-    from llamachat.terminal import tables
+    from llamachat.terminal.listing import Filter, max_params, show_models
 
-    tables.show_models(every=all, json=json)
+    only = Filter(max_params(max_size), family, licence, gated)
+    show_models(every=all, only=only, json=json)
 
 
 def show(
@@ -87,8 +106,9 @@ def remove(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Aliases or org/name.")],
     *,
     yes: Annotated[bool, option("--yes", "-y", help="Do not ask.")] = False,
+    revision: Revision = None,
 ) -> None:
-    """Delete models that were downloaded."""
+    """Delete models that were downloaded; with --revision that one alone."""
     from llamachat.terminal import tables
 
-    tables.remove(models, yes=yes)
+    tables.remove(models, yes=yes, revision=revision)

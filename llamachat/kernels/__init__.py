@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from llamachat.quant.form import Form
-from llamachat.quant.tensor import QTensor
+
+if TYPE_CHECKING:  # which backends there are is known without torch
+    import torch
+    from torch import Tensor
+
+    from llamachat.quant.tensor import QTensor
 
 Weight = Any  # opaque: only the backend that packed it reads it
 Cache = Any
@@ -74,7 +76,7 @@ class Norm:
     eps: float
 
 
-Angles = tuple[Tensor, Tensor]  # cos and sin, (T, E / 2) float32 each
+Angles: TypeAlias = "tuple[Tensor, Tensor]"  # cos and sin, (T, E / 2) float32 each
 
 
 class Kernels(Protocol):

@@ -1,4 +1,8 @@
-"""Models by name: what exists (`catalog`), what is on disk (`store`), how to fetch it (`hub`)."""
+"""Models by name: what exists (`catalog`), what is on disk (`store`), whether it fits (`fit`).
+
+`hub` asks the Hugging Face Hub, `repository` says what to fetch, `download` brings the bytes,
+`hub_cache` keeps them as other tools do.
+"""
 
 from __future__ import annotations
 

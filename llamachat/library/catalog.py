@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -328,9 +328,10 @@ def of_repo(repo: str) -> Entry | None:
     return next((entry for entry in CATALOG if entry.repo == repo), None)
 
 
-def nearest(name: str) -> list[str]:
-    """Aliases that a user who typed `name` may have meant, the likeliest first."""
+def nearest(name: str, *, also: Iterable[str] = ()) -> list[str]:
+    """Aliases, `also` among them, that a user who typed `name` may have meant, likeliest first."""
     aliases = [alias for entry in CATALOG for alias in (entry.alias, *entry.also)]
+    aliases += also
     return difflib.get_close_matches(name.rpartition("/")[2].lower(), aliases)
 
 
@@ -340,7 +341,7 @@ def check_is_whole(name: str) -> None:
     Raises:
         UsageError: it is to be added to another model, which the message names.
     """
-    entry = find(name) or of_repo(name)
+    entry = find(name) or of_repo(name.removeprefix("hf://").partition("@")[0])
     if entry is not None and entry.base is not None and not Path(name).exists():
         raise UsageError(
             f"{name} is no whole model: {entry.repo} is to be added to {entry.base}",

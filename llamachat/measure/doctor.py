@@ -14,6 +14,8 @@ from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import LlamachatError
 from llamachat.kernels import backends
 from llamachat.kernels.abi import instruction_sets
+from llamachat.library import loads
+from llamachat.library.forecast import PACKED, Way, forecast, own_dtype, source_of
 from llamachat.library.store import Installed, installed
 from llamachat.measure import rates
 
@@ -21,6 +23,7 @@ PACKAGES = (
     "llamachat", "torch", "bitsandbytes", "huggingface-hub", "numpy", "prompt-toolkit", "rich",
     "safetensors", "sentencepiece", "tiktoken", "tokenizers", "typer",
 )  # fmt: skip
+LEAST_BYTES = 100_000_000  # of a load whose forecast is judged
 FEATURES = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16",
@@ -37,9 +40,9 @@ def examine() -> dict[str, Any]:
     cache, notice = settings.cache_dir()
     threads, threads_reason = _threads()
     backend = _backend()
-    is_native = backend["backend"] in ("native", "cuda")
-    value_bytes = None if is_native else {"bfloat16": 2, "float32": 4}[backend["dtype"]]
     bandwidth = round(rates.read_bandwidth(threads, backend["device"]), 1)
+    if backend["device"] == "cpu":
+        hardware.keep_bandwidth(bandwidth)
     models = installed()
     return {
         "versions": {"python": platform.python_version()}
@@ -60,7 +63,8 @@ def examine() -> dict[str, Any]:
         "notices": [notice] if notice else [],
         "models": [model.name for model in models],
         "measured": {"read_bandwidth_gb_per_s": bandwidth} | _products(threads),
-        "decode_tok_per_s_at_most": _limits(models, bandwidth, value_bytes),
+        "decode_tok_per_s_at_most": _limits(models, bandwidth, backend["backend"]),
+        "memory_forecasts": _forecasts(),
     }
 
 
@@ -101,22 +105,35 @@ def _products(threads: int) -> dict[str, int | None]:
     }
 
 
-def _limits(models: list[Installed], bandwidth: float, value_bytes: int | None) -> dict[str, float]:
+def _limits(models: list[Installed], bandwidth: float, backend: str) -> dict[str, float]:
     """Tokens a second that the bandwidth (GB/s) allows, by model."""
-    sizes = {model.name: _bytes_per_token(model, value_bytes) for model in models}
+    sizes = {model.name: _bytes_per_token(model, backend) for model in models}
     return {name: round(bandwidth * rates.GIGA / size, 1) for name, size in sizes.items() if size}
 
 
-def _bytes_per_token(model: Installed, value_bytes: int | None) -> float | None:
-    """What a step reads, by the size of the files or of each value; None if they are damaged."""
+def _bytes_per_token(model: Installed, backend: str) -> int | None:
+    """What a step reads of weights in the form of the file; None if they are damaged."""
     try:
-        checkpoint = open_checkpoint(model.path)
-        config = checkpoint.config
+        source = source_of(open_checkpoint(model.path))
     except LlamachatError:
         return None
-    looked_up = 0 if config.tied else config.vocab_size * config.dim  # one row is read of it
-    stored = sum(file.stat().st_size for file in checkpoint.files) / config.n_params
-    return (config.n_params - looked_up) * (value_bytes or stored)
+    is_packed = backend in PACKED and not source.is_float
+    form = source.form.lower() if is_packed else "none"
+    return forecast(source, Way(backend, form, own_dtype(source.form, backend))).step_bytes
+
+
+def _forecasts() -> dict[str, Any]:
+    """How well the memory of the last loads was forecast: of those that are no trifles."""
+    errors = [load.error for load in loads.newest() if load.measured_bytes >= LEAST_BYTES]
+    if not errors:
+        return {"loads": 0}
+    mean = sum(errors) / len(errors)
+    worst = max(errors, key=abs)
+    return {
+        "loads": len(errors),
+        "mean_error_percent": round(100 * mean, 1),
+        "worst_error_percent": round(100 * worst, 1),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llamachat import settings
@@ -13,7 +14,7 @@ from llamachat.chat.session import ChatSession
 from llamachat.chat.templates import PlainTemplate, Template
 from llamachat.engine.decoding import check_one_row
 from llamachat.engine.parameters import PARAMETERS
-from llamachat.errors import UsageError
+from llamachat.errors import UsageError, WillNotFitError
 from llamachat.terminal.failure import Notices
 from llamachat.terminal.interrupts import left_at_once
 from llamachat.terminal.progress import download_progress, loading
@@ -43,6 +44,7 @@ class Run:
     logprobs: int
     stop_loops: int
     speculate: int
+    force: bool
     offline: bool
     revision: str | None
     token: str | None
@@ -116,19 +118,39 @@ def _configured() -> dict[str, float]:
 def _fetch(run: Run) -> None:
     """See to it that the model is on disk, before the long import of torch."""
     from llamachat.library.store import resolve
+    from llamachat.terminal.fitting import consult
 
+    approve = partial(
+        consult,
+        force=run.force,
+        ctx_size=run.ctx_size,
+        quantize=run.quantize,
+        notices=run.notices,
+    )
     with download_progress(quiet=run.notices.quiet) as progress:
         resolve(
             run.model or settings.default_model(),
             revision=run.revision,
             token=run.token,
             offline=run.offline,
+            approve=approve,
             notice=run.notices,
             progress=progress,
         )
 
 
 def _load(run: Run) -> Model:
+    """Load the model; what will not fit only if the user says so."""
+    try:
+        return _loaded(run, force=run.force)
+    except WillNotFitError as error:
+        from llamachat.terminal.fitting import confirm
+
+        confirm(error, force=run.force)
+    return _loaded(run, force=True)
+
+
+def _loaded(run: Run, *, force: bool) -> Model:
     said: list[str] = []
     try:
         with loading(quiet=run.notices.quiet), left_at_once():
@@ -149,6 +171,7 @@ def _load(run: Run) -> Model:
                 revision=run.revision,
                 token=run.token,
                 offline=run.offline,
+                force=force,
                 notice=said.append,
             )
     finally:

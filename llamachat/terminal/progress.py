@@ -146,7 +146,7 @@ def _bar() -> Iterator[Show]:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(what, total=None, completed=done)  # what is there has no speed
             bar.start()
         assert task is not None
         bar.update(task, description=what, completed=done, total=total or None)
@@ -160,14 +160,19 @@ def _bar() -> Iterator[Show]:
 
 def _plain_lines() -> Show:
     began = last = time.monotonic()
+    first: int | None = None  # what was there before: it has no speed
     said = 0
 
     def show(done: int, total: int, what: str = "") -> None:
-        nonlocal last, said
+        nonlocal first, last, said
         now = time.monotonic()
+        if first is None:
+            first = said = done
         if done > said and (done == total or now - last >= PLAIN_EVERY_S):
             last, said = now, done
-            rate = done / MB / max(now - began, 1e-9)
-            say(f"llamachat: {what}{done / MB:.0f} of {total / MB:.0f} MB, {rate:.0f} MB/s")
+            rate = (done - first) / max(now - began, 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+            amount = f"{done / MB:.0f} of {total / MB:.0f} MB, {rate / MB:.0f} MB/s"
+            say(f"llamachat: {what}{amount}{left}")
 
     return show

@@ -6,49 +6,26 @@ import json as jsonlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path, PureWindowsPath
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from llamachat.chat.builtin import template_for
 from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, encode, render
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import ModelNotFoundError, UsageError
-from llamachat.library.catalog import CATALOG, Entry, find
+from llamachat.library.catalog import find, of_repo
+from llamachat.library.forecast import token_bytes
+from llamachat.library.loads import last_used
 from llamachat.library.results import newest
-from llamachat.library.store import Installed, Located, derived, installed, require
+from llamachat.library.store import derived, names_revision, require
 from llamachat.library.store import remove as delete
 from llamachat.terminal.failure import say
 from llamachat.terminal.output import write
 from llamachat.terminal.results import dated_lines
 
 MB = 1e6
-_ENTRY_KEYS = (
-    "also", "family", "params", "context", "licence", "gated", "template", "defaults", "base",
-)  # fmt: skip
 _EXAMPLE = [Message(role, "{" + role + "}") for role in ("system", "user", "assistant", "user")]
-
-
-def show_models(*, every: bool, json: bool) -> None:
-    """What is on disk; with `every`, what the catalog knows besides."""
-    models = installed()
-    known = {model.alias for model in models}
-    absent = [entry for entry in CATALOG if every and entry.alias not in known]
-    if json:
-        rows = [_installed_json(model) for model in models]
-        rows += [{"name": e.alias, "repo": e.repo, "installed": False} for e in absent]
-        facts = {entry.alias: _entry_json(entry) for entry in CATALOG if every}
-        rows = [{**row, **facts.get(row["name"], {})} for row in rows]
-        _write_json(rows)
-        return
-    if not models and not absent:
-        say("llamachat: no model on disk yet; `llamachat pull smollm2-135m` fetches one")
-    rows_shown: list[tuple[str, ...]]
-    rows_shown = [(_title(m), f"{m.size_bytes / MB:,.0f} MB", str(m.path)) for m in models]
-    rows_shown += [(e.alias, "not on disk", e.repo) for e in absent]
-    if every:
-        cells = {entry.alias: _entry_cells(entry) for entry in CATALOG}
-        rows_shown = [(*row[:2], *cells.get(row[0], ("",) * 4), row[2]) for row in rows_shown]
-    write_columns(rows_shown)
 
 
 def show_model(name: str, *, json: bool) -> None:
@@ -56,25 +33,32 @@ def show_model(name: str, *, json: bool) -> None:
     located = require(name)
     checkpoint = open_checkpoint(located.path)
     config = checkpoint.config
+    entry = find(located.alias) if located.alias else of_repo(located.repo or "")
     evaluations = newest(located.path)
     facts: dict[str, Any] = {
         "name": name,
         "path": str(located.path),
+        "alias": located.alias,
         "repo": located.repo,
         "revision": located.revision,
+        "family": entry.family if entry else None,
         "form": checkpoint.form,
         "params": config.n_params,
         "size_bytes": sum(file.stat().st_size for file in checkpoint.files),
         "config": asdict(config),
         "chat_template": checkpoint.chat_template is not None,
-        "licence": checkpoint.metadata.get("license") or _licence(located),
+        "licence": checkpoint.metadata.get("license") or (entry.licence if entry else None),
+        "gated": entry.gated if entry else None,
+        "context": config.longest_context,
+        "kv_bytes_per_token": token_bytes(config, "bf16"),
+        "last_used": _moment(last_used().get(str(located.path))),
         "generation": dict(checkpoint.generation),
         "metadata": dict(checkpoint.metadata),
         "files": [str(file) for file in checkpoint.files],
         "evaluations": evaluations if json else dated_lines(evaluations),
     }
     if json:
-        _write_json(facts)
+        write_json(facts)
     else:
         write_columns(_flat(facts))
 
@@ -90,7 +74,7 @@ def show_template(name: str, *, json: bool) -> None:
     tokenizer = checkpoint.tokenizer()
     template = template_for(checkpoint.chat_template, tokenizer, located)
     if json:
-        _write_json({"template": checkpoint.chat_template, "name": template.name})
+        write_json({"template": checkpoint.chat_template, "name": template.name})
     elif isinstance(template, PlainTemplate):
         raise ModelNotFoundError(f"{name} has no chat template")
     elif isinstance(template, JinjaTemplate):
@@ -109,35 +93,36 @@ def show_rendered(name: str, path: Path, *, json: bool) -> None:
     segments = template.segments(_conversation(path))
     text = render(segments, tokenizer)
     if json:
-        _write_json({"text": text, "ids": encode(segments, tokenizer)})
+        write_json({"text": text, "ids": encode(segments, tokenizer)})
     else:
         write(text)
 
 
-def remove(names: Sequence[str], *, yes: bool) -> None:
-    """Delete models, after asking on a terminal.
+def remove(names: Sequence[str], *, yes: bool, revision: str | None = None) -> None:
+    """Delete models, after asking on a terminal; of a `revision` what no other one shares.
 
     Raises:
         UsageError: it may not ask, and was not told to go ahead.
     """
-    found = {name: require(name) for name in names}
+    found = {name: require(name, revision=revision) for name in names}
+    one = {name: names_revision(name, revision) for name in names}
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and stdin is no terminal", hint="--yes")
-        also = {it.path for located in found.values() for it in derived(located)}
+        also = {it.path for name in found for it in derived(found[name], one_revision=one[name])}
         paths = dict.fromkeys([*(located.path for located in found.values()), *sorted(also)])
         say(f"delete {', '.join(map(str, paths))}? [y/N]")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say("llamachat: nothing was deleted")
             return
     for name, located in found.items():
-        say(f"llamachat: {name}: {delete(located) / MB:,.0f} MB freed")
+        say(f"llamachat: {name}: {delete(located, one_revision=one[name]) / MB:,.0f} MB freed")
 
 
 def show_findings(findings: Mapping[str, Any], *, json: bool) -> None:
     """What `doctor` found."""
     if json:
-        _write_json(findings)
+        write_json(findings)
     else:
         write_columns(_flat(findings))
 
@@ -162,29 +147,9 @@ def _conversation(path: Path) -> list[Message]:
     return messages
 
 
-def _entry_cells(entry: Entry) -> tuple[str, ...]:
-    gated = "gated" if entry.gated else ""
-    return f"{entry.params / 1e9:.3g}B", f"{entry.context:,}", entry.licence, gated
-
-
-def _entry_json(entry: Entry) -> dict[str, Any]:
-    facts = asdict(entry)
-    return {k: facts[k] for k in _ENTRY_KEYS}
-
-
-def _licence(located: Located) -> str | None:
-    entry = find(located.alias) if located.alias else None
-    return entry.licence if entry else None
-
-
-def _title(model: Installed) -> str:
-    """What a model is called in a table: a quantized one has its path in another column."""
-    source = PureWindowsPath(model.made_from or "?").name  # which knows both separators
-    return model.name if model.form is None else f"{source} {model.form}"
-
-
-def _installed_json(model: Installed) -> dict[str, Any]:
-    return {**asdict(model), "path": str(model.path), "installed": True}
+def _moment(seconds: float | None) -> str | None:
+    """A time as ISO 8601 has it."""
+    return None if seconds is None else datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
@@ -209,5 +174,6 @@ def write_columns(rows: Sequence[tuple[str, ...]]) -> None:
         write("  ".join([*cells, row[-1]]).rstrip() + "\n")
 
 
-def _write_json(value: Any) -> None:
+def write_json(value: Any) -> None:
+    """Any value as JSON, on stdout."""
     write(jsonlib.dumps(value, ensure_ascii=False, indent=2) + "\n")
