@@ -6,6 +6,7 @@ Prompt lookup: Yang et al. 2023 (arXiv 2304.04487); Saxena 2023
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
@@ -17,16 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST_GRAM, SHORTEST_GRAM = 3, 2
-MOST_NEEDED = 16  # so that a stretch that is copied word for word is always found again
+NEAR = 8  # tokens that a copy may leave out
+PATIENCE = 6  # tokens of its own that it may put in
+LEAST_HOPE = 0.45  # of the last token of a draft: a token more in a pass costs 0.1 to 0.3 of it
+MEMORY = 0.95  # the weight of a draft when the next is judged
 
 
 class PromptLookup:
     """The latest earlier place where a text had its last tokens, and what stood behind it.
 
-    A token costs the same however long the text is. A pass over T tokens costs more than one over
-    a single token, about a quarter for each, so a draft has one token less than the match that it
-    goes on from: it doubles while drafts hold. Each that fails from its first token makes the next
-    wait for a longer match.
+    A token costs the same however long the text is. A copy that leaves out or puts in a few tokens
+    is followed past them. A pass over T tokens costs more than one over a single token, so a
+    draft is as long as the hope for its last token allows, by the share that held of those before;
+    where that allows none, a long match is asked for another.
     """
 
     def __init__(self, ids: Iterable[int]) -> None:
@@ -35,19 +39,25 @@ class PromptLookup:
         self._after: dict[tuple[int, ...], int] = {}  # where a gram ended the last time
         self._next = 0  # the place behind the match
         self._matched = 0  # how many tokens match
-        self._needed = SHORTEST_GRAM
+        self._patience = 0  # how many more may differ before the place is forgotten
+        self._judged, self._held = 4.0, 3.0  # as if three of four drafted tokens had held
         for token in ids:
             self.add(token)
 
     def add(self, token: int) -> None:
         """The text goes on with a token."""
-        goes_on = self._matched > 0 and self._ids[self._next] == token
-        self._next, self._matched = (self._next + 1, self._matched + 1) if goes_on else (0, 0)
+        near = self._ids[self._next : self._next + NEAR] if self._patience else []
         self._ids.append(token)
+        if token in near:
+            skipped = near.index(token)
+            self._next += skipped + 1
+            self._matched, self._patience = 1 if skipped else self._matched + 1, PATIENCE
+        else:
+            self._matched, self._patience = 0, max(0, self._patience - 1)
         for n in range(SHORTEST_GRAM, min(LONGEST_GRAM, len(self._ids)) + 1):
             gram = tuple(self._ids[-n:])
             if self._matched < n and gram in self._after:
-                self._next, self._matched = self._after[gram], n
+                self._next, self._matched, self._patience = self._after[gram], n, PATIENCE
             self._after[gram] = len(self._ids)
 
     def draft(self, limit: int) -> list[int]:
@@ -55,17 +65,19 @@ class PromptLookup:
 
         Where they would run past the end of the text, the end is taken to repeat.
         """
-        if self._matched < self._needed:
+        if not self._matched:
             return []
-        n = max(0, min(self._matched - 1, limit))
-        return list(islice(cycle(self._ids[self._next : self._next + n]), n))
+        hope = self._held / self._judged
+        n = int(math.log(LEAST_HOPE) / math.log(hope)) if LEAST_HOPE < hope < 1 else 0
+        if self._matched >= LONGEST_GRAM:
+            n = max(n, 1)
+        n = min(n, limit)
+        return list(islice(cycle(self._ids[self._next : self._next + n]), n)) if n > 0 else []
 
     def judge(self, drafted: int, accepted: int) -> None:
         """Learn what became of a draft."""
-        if accepted == drafted:
-            self._needed = SHORTEST_GRAM
-        elif accepted == 0:
-            self._needed = min(self._needed + 1, MOST_NEEDED)
+        self._judged = MEMORY * self._judged + min(accepted + 1, drafted)
+        self._held = MEMORY * self._held + accepted
 
 
 class Drafts:
