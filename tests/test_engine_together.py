@@ -145,7 +145,10 @@ def test_beams_that_go_on_count_what_the_reply_began_with(decoder: Decoder) -> N
     assert not set(found) & set(begun)
 
 
-@pytest.mark.parametrize("decoding", [Greedy(repetition_penalty=1.02), SAMPLED])
+@pytest.mark.parametrize(
+    "decoding",
+    [Greedy(repetition_penalty=1.02), Sample(temperature=0.1, presence_penalty=0.01, seed=2)],
+)
 def test_drafts_change_neither_ids_nor_probabilities(
     exact_decoder: Decoder, decoding: Decoding
 ) -> None:
