@@ -37,7 +37,10 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module, metadata
 
     if name == "__version__":
-        return metadata.version("llamachat")
+        try:
+            return metadata.version("llamachat")
+        except metadata.PackageNotFoundError:  # run from its sources
+            return "unknown"
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,9 @@ def main() -> NoReturn:
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
     replace_closed_streams()
     from llamachat.cli.app import run
+    from llamachat.terminal.log import keep_warnings
 
+    keep_warnings()
     os._exit(run())  # to take torch down in order would take another half second
 
 

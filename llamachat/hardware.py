@@ -12,10 +12,13 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buf
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from llamachat import settings
 
 CUDA_CONTEXT_BYTES = 500 << 20  # that a process takes on a GPU beside its tensors
+# cuda.h, CUdevice_attribute: compute capability; memory's clock and the width of its bus.
+_ATTRIBUTES = (75, 76, 36, 37)
 _MEASURED = "measured.json"
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 _LARGE_BLOCK_BYTES = 4 << 20
@@ -152,11 +155,13 @@ class Gpu:
         name: as it calls itself.
         memory_bytes: all it has.
         capability: its compute capability, (9, 0) of an H100.
+        gb_per_s: what its memory can do by its clock and width, or 0 where the driver does not say.
     """
 
     name: str
     memory_bytes: int
     capability: tuple[int, int]
+    gb_per_s: float = 0.0
 
 
 @lru_cache(maxsize=1)
@@ -194,11 +199,30 @@ def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
     name, total = create_string_buffer(256), c_size_t()
     driver.cuDeviceGetName(c_char_p(ctypes.addressof(name)), len(name), index)
     driver.cuDeviceTotalMem_v2(byref(total), index)
-    capability = c_int(), c_int()
-    for value, attribute in zip(capability, (75, 76), strict=True):  # cuda.h, CUdevice_attribute
-        driver.cuDeviceGetAttribute(byref(value), attribute, index)
-    major, minor = (value.value for value in capability)
-    return Gpu(name.value.decode(errors="replace"), total.value, (major, minor))
+    major, minor, clock_khz, width_bits = (
+        _attribute(driver, number, index) for number in _ATTRIBUTES
+    )
+    gb_per_s = 2 * clock_khz * width_bits / 8e6  # data at both edges of the clock
+    return Gpu(name.value.decode(errors="replace"), total.value, (major, minor), round(gb_per_s))
+
+
+def _attribute(driver: ctypes.CDLL, number: int, index: int) -> int:
+    value = c_int()
+    driver.cuDeviceGetAttribute(byref(value), number, index)
+    return value.value
+
+
+def gpu_driver() -> str | None:
+    """The version of NVIDIA's driver, as its management library tells it."""
+    version = create_string_buffer(96)
+    try:
+        library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+        if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(version, len(version)):
+            return None
+        library.nvmlShutdown()
+    except (OSError, AttributeError):
+        return None
+    return version.value.decode(errors="replace")
 
 
 def return_large_blocks() -> None:
@@ -212,19 +236,26 @@ def return_large_blocks() -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
-def keep_bandwidth(gb_per_s: float) -> None:
-    """Remember what was measured of this machine's memory, for forecasts."""
+def keep_bandwidth(device: str, gb_per_s: float) -> None:
+    """Remember at what rate a device, by its name, was measured to read memory, for forecasts."""
     with suppress(OSError):
         (settings.cache_dir()[0] / _MEASURED).write_text(
-            json.dumps({"cpu": cpu_name(), "read_bandwidth_gb_per_s": gb_per_s}), encoding="utf-8"
+            json.dumps({**_kept(), device: {"read_bandwidth_gb_per_s": gb_per_s}}), encoding="utf-8"
         )
 
 
-def kept_bandwidth() -> float | None:
-    """GB/s that memory was last measured to be read at on this CPU, or None."""
+def kept_bandwidth(device: str) -> float | None:
+    """GB/s that the memory of a device of that name was last measured to be read at, or None."""
+    try:
+        found = float(_kept()[device]["read_bandwidth_gb_per_s"])
+    except (ValueError, LookupError, TypeError):
+        return None
+    return found if 0 < found < 1e6 else None
+
+
+def _kept() -> dict[str, Any]:
     try:
         kept = json.loads((settings.cache_dir()[0] / _MEASURED).read_text(encoding="utf-8"))
-        found = float(kept["read_bandwidth_gb_per_s"])
-        return found if kept["cpu"] == cpu_name() and 0 < found < 1e6 else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return kept if isinstance(kept, dict) else {}

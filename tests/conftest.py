@@ -13,6 +13,8 @@ import pytest
 from hub_server import TOKEN, Hub, serving
 
 if TYPE_CHECKING:
+    from terminals import Terminal
+
     from llamachat.kernels import Kernels
     from llamachat.kernels.native import Native
     from llamachat.model.decoder import Decoder
@@ -179,3 +181,19 @@ def fake_hub(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]
         address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         yield server
+
+
+@pytest.fixture
+def open_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Opens a terminal with flags and variables, and closes it after the test."""
+    from terminals import Terminal
+
+    opened: list[Terminal] = []
+
+    def open_terminal(*flags: str, **options: Any) -> Terminal:
+        opened.append(Terminal(tmp_path, *flags, **options))
+        return opened[-1]
+
+    yield open_terminal
+    for terminal in opened:
+        terminal.child.close(force=True)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from llamachat.__main__ import main
-from llamachat.chat.options import Options
+from llamachat.chat.context import check_overflow
 from llamachat.chat.session import ChatSession
 from llamachat.chat.templates import JinjaTemplate
 from llamachat.engine.beam import Beam
@@ -33,8 +35,9 @@ from llamachat.engine.events import (
     Token,
 )
 from llamachat.engine.strategies import Sample
-from llamachat.errors import PromptTooLongError
-from llamachat.terminal import opening
+from llamachat.errors import DamagedFileError, PromptTooLongError, WillNotFitError
+from llamachat.terminal import conversation, opening
+from llamachat.terminal.front import Front
 from llamachat.terminal.opening import Opened, Run
 
 CHATML = (
@@ -113,6 +116,7 @@ class ScriptedEngine:
 
     tokenizer: Bytes
     ctx_size: int = 8192
+    kv_cache: str = "f32"
 
     def generate(
         self,
@@ -203,7 +207,10 @@ def model(ctx_size: int = 8192) -> Any:
         form="float32",
         threads=1,
         quantize="none",
-        located=SimpleNamespace(revision="r1"),
+        located=SimpleNamespace(path=Path(__file__), repo=None, revision="r1", source="bundled"),
+        path=Path(__file__),
+        backend="scripted",
+        device="cpu",
         tokenizer=tokenizer,
         engine=ScriptedEngine(tokenizer, ctx_size),
         chat_template=CHATML,
@@ -217,19 +224,32 @@ def template() -> JinjaTemplate:
     return JinjaTemplate(CHATML, Bytes())
 
 
-def open_session(run: Run) -> Opened:
-    """What the terminal opens in place of a real model."""
+def open_session(run: Run, front: Front | None = None) -> Opened:
+    """What the terminal opens in place of a real model.
+
+    One that is named opens while the user types: "slow" in two seconds, "broken" never, "large" if
+    the user agrees.
+    """
+    if front is not None and run.model is not None:
+        with front.loading(run.notices):
+            time.sleep(0.3 if run.model == "broken" else 2.0)
+        if run.model == "broken":
+            raise DamagedFileError("scripted.gguf: no tensors", hint="fetch it again")
+        if run.model == "large" and not front.ask("large; go on all the same?"):
+            raise WillNotFitError("large: too large")
+        run.notices(f"{run.model} was opened")
     speaker = model(run.ctx_size or 8192)
     session = ChatSession(
         speaker,
         system=run.system,
-        options=Options(run.said, speaker.sampling),
+        options=run.options(speaker.sampling),
         max_new_tokens=run.max_new_tokens,
         stop=run.stop,
         speculate=run.speculate,
         stop_loops=run.stop_loops,
         template=template(),
         logprobs=run.logprobs,
+        overflow=check_overflow(run.overflow),
     )
     return Opened(speaker, session, load_s=0.1)
 
@@ -243,4 +263,5 @@ def reopened(opened: Opened, run: Run) -> Opened:
 
 if __name__ == "__main__":
     opening.open_session, opening.reopened = open_session, reopened
+    conversation.opens_meanwhile = lambda: "-m" in sys.argv
     main()

@@ -178,6 +178,8 @@ def test_a_reply_is_known_until_another_stands_last() -> None:
     run(chat.send("2"))
     assert spoken(chat).ids == (ord("2"),)
     chat.undo()
+    assert spoken(chat).ids == (ord("1"),)
+    chat.edit_reply("2")
     assert chat.spoken is None
     with pytest.raises(UsageError, match="no reply"):
         chat.branch(0, ord("0"))

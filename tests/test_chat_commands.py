@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_clear_forgets_the_turns_and_keeps_the_system_message(type_: Type) -> No
 def test_undo_takes_back_turns(type_: Type) -> None:
     for question in ("one", "two", "three"):
         type_(question)
-    assert "1 left" in type_("/undo 2")
+    assert type_("/undo 2") == "Took back turn 3, turn 2; 1 turn left."
     assert type_("recall") == "one | recall"
     type_("/undo 99")
     assert type_("/undo") == "Nothing to take back."
@@ -317,3 +318,22 @@ def test_beams_have_no_probabilities(type_: Type, lines: tuple[str, str]) -> Non
     with pytest.raises(UsageError, match=r"/probs.*beams"):
         type_(lines[1])
     assert type_("hello") == "hello"
+
+
+def test_a_value_of_a_flag_or_the_file_is_yours_once_you_set_it(
+    type_: Type, conversation: Conversation
+) -> None:
+    session = conversation.session
+    said = {"max_new_tokens": "flag", "top_k": "config.toml"}
+    session.max_new_tokens = 5
+    session.options = replace(session.options.saying(top_k=3), origins=said)
+
+    def origins() -> dict[str, str]:
+        rows = [line.split() for line in type_("/show params").splitlines()]
+        return {row[0]: row[-1] for row in rows if row[0] in said}
+
+    assert origins() == said
+    type_("/set max_new_tokens 9")
+    assert origins() == {**said, "max_new_tokens": "you"}
+    type_("/set top_k 4")
+    assert origins() == dict.fromkeys(said, "you")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -55,6 +56,30 @@ def test_an_infinite_scale_is_kept_without_a_warning() -> None:
         warnings.simplefilter("error")
         scales = read("Q4_K", blocks.tobytes()).scales
     assert scales.isnan().all()  # infinity times a factor of 0
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "F32", "BF16"])
+def test_a_single_block_has_memory_of_its_own(name: str) -> None:
+    kind = KINDS[name]
+    shape = (1, kind.values) if kind.is_quantized else (3,)
+    raw = bytearray(kind.n_bytes(math.prod(shape)))
+    tensor = read_blocks(memoryview(raw), kind, shape)
+    raw[:] = b"\x01" * len(raw)
+    assert not (tensor.codes if isinstance(tensor, QTensor) else tensor).any()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "F16"])
+def test_blocks_are_worked_on_where_they_are_placed(name: str) -> None:
+    kind = KINDS[name]
+    raw = np.random.default_rng(1).integers(0, 256, kind.n_bytes(2048), dtype=np.uint8).tobytes()
+    placed: list[torch.Tensor] = []
+
+    def place(found: torch.Tensor) -> torch.Tensor:
+        placed.append(found.clone())
+        return placed[-1]
+
+    read_blocks(memoryview(raw), kind, (2, 1024), place)
+    assert [tensor.numpy().tobytes() for tensor in placed] == [raw]
 
 
 def test_a_tensor_does_not_share_memory_with_the_file() -> None:

@@ -20,6 +20,7 @@ from quantized import FORMS, random_qtensor
 from safetensors import safe_open
 from torch import Tensor
 
+from llamachat import hardware
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.checkpoints.names import iter_weights
 from llamachat.checkpoints.quantized import QuantizedCheckpoint, is_quantized
@@ -96,7 +97,11 @@ def read(folder: Path) -> Weights:
     return dict(open_checkpoint(folder).tensors())
 
 
-def test_weights_come_back_bit_by_bit_in_order(written: Path, weights: Weights) -> None:
+@pytest.mark.parametrize("cores", [1, 64])
+def test_weights_come_back_bit_by_bit_in_order(
+    written: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    monkeypatch.setattr(hardware, "usable_cores", lambda: cores)
     found = read(written)
     assert list(found) == list(weights)
     assert all(same(found[name], weight) for name, weight in weights.items())

@@ -327,3 +327,21 @@ def test_json_says_that_a_reply_was_interrupted(
     last = json.loads(ended.out.splitlines()[-1])
     assert ended.exit_code == 130
     assert (last["finish_reason"], last["text"]) == ("interrupted", text)
+
+
+@pytest.mark.parametrize("flag", ["-x", "--extract"])
+def test_the_first_block_of_code_can_be_extracted(ask: Ask, flag: str) -> None:
+    ended = ask("So:\n```python\nprint(1)\n\n```\nor\n```\nls\n```", flag)
+    assert (ended.exit_code, ended.out, ended.err) == (0, "print(1)\n", "")
+
+
+def test_an_answer_without_code_is_written_whole_and_a_notice_says_so(ask: Ask) -> None:
+    ended = ask("no code", "-x")
+    assert (ended.exit_code, ended.out) == (0, "no code\n")
+    assert "no block of code" in ended.err
+
+
+def test_code_is_not_extracted_from_json(ask: Ask) -> None:
+    ended = ask("no code", "-x", "--json")
+    assert ended.exit_code == 2
+    assert "--extract" in ended.err

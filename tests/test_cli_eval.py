@@ -125,7 +125,7 @@ def test_where_float32_does_not_fit_the_reference_keeps_the_type_of_its_file(
     monkeypatch.setattr(hardware, "memory_bytes", lambda: (n_bytes * 2, n_bytes * 2))
     (tmp_path / "text").write_text(TEXT)
     flags = ("--text", str(tmp_path / "text"), "-c", "32", "--quantize", "none", "--json")
-    exit_code, out, err = llamachat("eval", str(folder), *flags, "--against", "none")
+    exit_code, out, err = llamachat("eval", str(folder), *flags, "--against", "none", "--force")
     against = json.loads(out)["against"]
     assert exit_code == 0
     assert (against["dtype"], against["kv_cache"]) == ("bfloat16", "f32")

@@ -6,13 +6,13 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_server import FOLDER, TOKEN, Hub
-from programs import run
+from programs import environment, run
 
 from llamachat.architecture import config_from_hf
 from llamachat.checkpoints.chatglm import layout
@@ -112,7 +112,7 @@ def test_a_pull_asks_for_one_list_and_tells_the_verdict(fake_hub: Hub, tmp_path:
     fake_hub.files = FOLDER
     done = with_memory(fake_hub, tmp_path, "pull", "org/name")
     assert done.returncode == 0, done.stderr
-    assert b"\nllamachat: verdict: fits. As int8 with 64 tokens" in done.stderr
+    assert b"\nllamachat: verdict: fits; int8 with 64 tokens" in done.stderr
     assert sum("/api/" in path for path in fake_hub.asked) == 1
 
 
@@ -163,3 +163,47 @@ def test_what_would_not_fit_is_not_fetched_for_an_answer(
     assert (done.returncode, done.stdout) == (5, b""), done.stderr
     assert b"--force goes on" in done.stderr
     assert not any((tmp_path / "hub").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("bench", "-m"), ("eval", "--text", __file__), ("fit",)],
+    ids=["bench", "eval", "fit"],
+)
+def test_what_is_on_disk_and_will_not_fit_is_exit_5(
+    fake_hub: Hub, tmp_path: Path, tiny_llama: Callable[..., Path], command: tuple[str, ...]
+) -> None:
+    done = with_memory(fake_hub, tmp_path, *command, str(tiny_llama()), free_bytes=1 << 20)
+    assert (done.returncode, done.stdout if command != ("fit",) else b"") == (5, b""), done.stderr
+    assert b"take a smaller model" in done.stderr
+    assert fake_hub.asked == []
+
+
+def test_bench_goes_on_with_what_will_not_fit_if_it_is_forced(
+    fake_hub: Hub, tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    flags = ("-p", "0", "-n", "1", "-r", "1", "--json", "--force")
+    done = with_memory(
+        fake_hub, tmp_path, "bench", "-m", str(tiny_llama()), *flags, free_bytes=1 << 20
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["test"] == "tg1"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
+def test_chat_asks_once_about_what_will_not_fit(
+    fake_hub: Hub, tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    import pexpect
+
+    folder = tiny_llama()
+    fake_hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = ["-c", IN_MEMORY, str(1 << 10), "chat", "hi", "-m", "org/name", "-n", "1"]
+    variables = environment(tmp_path, HF_ENDPOINT=fake_hub.url, HF_HUB_OFFLINE="0", HF_TOKEN=TOKEN)
+    child = pexpect.spawn(sys.executable, command, env=variables, timeout=20, encoding="utf-8")
+    child.expect(r"GiB are free; go on all the same\? \[y/N\]")
+    child.sendline("y")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert "[y/N]" not in str(child.before)
+    assert child.exitstatus == 0, child.before

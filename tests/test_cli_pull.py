@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_server import FOLDER, INDEX, TOKEN, Fault, Hub, add_snapshot
+from hub_server import FOLDER, INDEX, PIECE_BYTES, TOKEN, Fault, Hub, add_snapshot, serving
 from programs import LLAMACHAT, run, start
 
 from llamachat.library import repository
@@ -74,7 +75,7 @@ def assert_fetched(server: Hub) -> None:
 
 
 def test_after_kill_9_the_next_pull_goes_on(sharded: Hub, tmp_path: Path) -> None:
-    sharded.pause_s = 0.04
+    sharded.pause_s = KILLS * 0.3 / (SHARD_BYTES / PIECE_BYTES)  # longer than all tries together
     rng = random.Random(KILLS)
     for _ in range(KILLS):
         before = partial_bytes(tmp_path)
@@ -142,26 +143,70 @@ def can_mount(folder: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_a_disk_that_fills_ends_with_the_numbers_and_keeps_what_is_there(
-    sharded: Hub, tmp_path: Path
-) -> None:
-    """Another program takes the room that was free when the download began."""
+DISK_BYTES = 64 << 20
+
+
+@pytest.fixture
+def small_disk(fake_hub: Hub, tmp_path: Path) -> tuple[str, ...]:
+    """A command prefix: the cache is on a disk of DISK_BYTES."""
     (tmp_path / "hub").mkdir()
     if not can_mount(tmp_path / "hub"):
         pytest.skip("no right to mount")
-    sharded.pause_s = 0.05
+    return in_small_disk(str(DISK_BYTES), tmp_path / "hub")
+
+
+def serve_weights(hub: Hub, n_bytes: int) -> None:
+    hub.files = {**FOLDER, "model.safetensors": random.Random(3).randbytes(n_bytes)}
+
+
+def test_a_disk_that_is_too_small_ends_a_pull_before_it_begins(
+    fake_hub: Hub, small_disk: tuple[str, ...], tmp_path: Path
+) -> None:
+    serve_weights(fake_hub, DISK_BYTES + 1)
+    done = run((*small_disk, *PULL), tmp_path, **online(fake_hub))
+    assert done.returncode == 7, done.stderr
+    needed = sum(map(fake_hub.length, fake_hub.files))
+    assert re.search(rb"[\d,]+ bytes are free, " + f"{needed:,} are needed".encode(), done.stderr)
+    assert fake_hub.sent_bytes("model.safetensors") == HEADER_BYTES
+
+
+def test_a_disk_that_fills_ends_with_the_numbers_and_the_next_pull_goes_on(
+    fake_hub: Hub, small_disk: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Another program takes the room that was free when the download began."""
+    n_bytes = DISK_BYTES // 2
+    serve_weights(fake_hub, n_bytes)
+    fake_hub.pause_s = 0.001
     filler = (
         "(until ls hub/*/blobs/*partial; do sleep 0.01; done;"
-        " head -c 3000000 /dev/zero > hub/filler) > /dev/null 2>&1 &"
+        f" head -c {DISK_BYTES * 3 // 4} /dev/zero > hub/filler) > /dev/null 2>&1 &"
     )
-    script = f'cd {tmp_path}; {filler} "$@"; code=$?; wait; cat hub/*/blobs/*partial; exit $code'
-    command = (*in_small_disk("5m", tmp_path / "hub"), "sh", "-c", script, "sh", *PULL)
-    done = run(command, tmp_path, **online(sharded))
-    assert done.returncode == 7, done.stderr
+    script = (
+        f'cd "{tmp_path}"; {filler} "$@"; echo $?; wait; stat -c %s hub/*/blobs/*partial;'
+        ' rm hub/filler; "$@" 2> /dev/null && sha256sum hub/*/snapshots/*/model.safetensors'
+    )
+    done = run((*small_disk, "sh", "-c", script, "sh", *PULL), tmp_path, **online(fake_hub))
+    exit_code, kept, _path, digest = done.stdout.decode().splitlines()
+    assert exit_code == "7", done.stderr
     assert b"No space left on device; 0 bytes are free, " in done.stderr
-    kept = sum(len(sharded.content(name)) for name in SHARDS) - told(done.stderr)
-    assert kept > 1_000_000
-    assert len(done.stdout) == kept
+    assert 0 < int(kept) == n_bytes - told(done.stderr)
+    assert digest.split()[0] == hashlib.sha256(fake_hub.content("model.safetensors")).hexdigest()
+    sent = [(offset, count) for path, offset, count in fake_hub.served if path.endswith("tensors")]
+    assert sent[-1] == (int(kept), n_bytes - int(kept))
+
+
+def test_after_a_change_of_the_network_the_next_pull_goes_on(sharded: Hub, tmp_path: Path) -> None:
+    sharded.pause_s = 0.04
+    process = start(PULL, tmp_path, **online(sharded))
+    wait_until(lambda: partial_bytes(tmp_path) > 1 << 20)
+    process.kill()
+    process.communicate()
+    kept = partial_bytes(tmp_path)
+    with serving() as elsewhere:
+        elsewhere.files = sharded.files
+        assert_whole(run(PULL, tmp_path, **online(elsewhere)), elsewhere, tmp_path)
+    headers = HEADER_BYTES  # of the first shard, for the forecast
+    assert sum(map(elsewhere.sent_bytes, SHARDS)) - headers == 2 * SHARD_BYTES - kept
 
 
 def told(stderr: bytes) -> int:

@@ -46,4 +46,5 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(hardware.ctypes, "CDLL", missing)
     hardware.gpus.cache_clear()
     assert hardware.gpus() == ()
+    assert hardware.gpu_driver() is None
     hardware.gpus.cache_clear()

@@ -41,6 +41,14 @@ def test_a_gpu_can_be_named(machine: list[Gpu]) -> None:
     assert choose("cuda", "auto").device == "cuda:0"
 
 
+def test_bitsandbytes_runs_on_a_gpu_that_is_named(machine: list[Gpu]) -> None:
+    pytest.importorskip("bitsandbytes")
+    machine.append(H100)
+    chosen = choose("bitsandbytes", "cuda:0")
+    assert (chosen.name, chosen.device, chosen.gpu) == ("bitsandbytes", "cuda:0", 0)
+    assert choose("bitsandbytes", "auto").gpu is None
+
+
 def test_a_gpu_that_is_too_old_is_left_alone(machine: list[Gpu]) -> None:
     machine.append(OLD)
     assert choose(device="auto").device == "cpu"

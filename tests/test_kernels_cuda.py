@@ -18,7 +18,11 @@ from torch import Tensor
 import llamachat
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints.names import iter_weights
-from llamachat.errors import UsageError
+from llamachat.engine.beam import Beam
+from llamachat.engine.engine import Engine
+from llamachat.engine.events import Token
+from llamachat.engine.strategies import Greedy, Sample
+from llamachat.errors import DamagedFileError, UsageError
 from llamachat.kernels import Batch, CacheShape, Kernels, Norm
 from llamachat.kernels.cuda import FEW, Cuda
 from llamachat.kernels.reference import Reference
@@ -36,7 +40,10 @@ pytestmark = [
 REFERENCE = Reference(activation_bits=8)
 EXACT = [form for form in FORMS if form != "NF4"]  # its codebook is rounded to 8 bits
 TOKENS = (1, 2, 3, 4, 5, 8, 11, 16)
-SHAPES = [(1, 32, 32), (40, 64, 16), (33, 96, 32), (70, 192, 96), (100, 256, 64), (65, 4096, 128)]
+SHAPES = [
+    *((1, 32, 32), (40, 64, 16), (33, 96, 32), (70, 192, 96), (100, 256, 64), (65, 4096, 128)),
+    *((96, 1280, 32), (2080, 256, 32)),
+]
 IDS = [5, 9, 17, 3, 33, 60, 2, 2, 41]
 
 
@@ -108,22 +115,24 @@ def test_prompts_multiply_unpacked_weights(form: str) -> None:
     assert off(kernels().linear(x.cuda(), kernels().pack([weight])), expected) < 6e-3
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(72, 160), (96, 512)])
 @pytest.mark.parametrize("n_tokens", [1, 5])
 @pytest.mark.parametrize("form", ["shifted", "4 bits with minimum", "8 bits"])
-def test_a_norm_stands_before_products(form: str, n_tokens: int) -> None:
+def test_a_norm_stands_before_products(form: str, n_tokens: int, rows: int, columns: int) -> None:
     """It is divided by after the product: a code may fall to the other side of a half."""
-    h, gain = random(n_tokens, 160) * 3, random(160, seed=3).abs()
-    parts = [random_qtensor(form, (72, 160), 32, seed=i) for i in range(2)]
+    h, gain = random(n_tokens, columns) * 3, random(columns, seed=3).abs()
+    parts = [random_qtensor(form, (rows, columns), 32, seed=i) for i in range(2)]
     ours, theirs = kernels().pack(parts, gated=True), REFERENCE.pack(parts, gated=True)
     found = kernels().norm_linear(h.cuda(), Norm(gain.cuda(), 1e-5), ours)
     assert off(found, REFERENCE.norm_linear(h, Norm(gain, 1e-5), theirs)) < 2e-3
 
 
+@pytest.mark.parametrize(("dim", "hidden_dim"), [(64, 96), (256, 4608)])
 @pytest.mark.parametrize("n_tokens", [1, 5])
-def test_what_a_gate_gives_is_added_to_the_stream(n_tokens: int) -> None:
-    h, norm = random(n_tokens, 64) * 2, torch.ones(64)
-    gate_up = [random_qtensor("shifted", (96, 64), 32, seed=i) for i in range(2)]
-    down = [random_qtensor("8 bits", (64, 96), 32, seed=3)]
+def test_what_a_gate_gives_is_added_to_the_stream(n_tokens: int, dim: int, hidden_dim: int) -> None:
+    h, norm = random(n_tokens, dim) * 2, torch.ones(dim)
+    gate_up = [random_qtensor("shifted", (hidden_dim, dim), 32, seed=i) for i in range(2)]
+    down = [random_qtensor("8 bits", (dim, hidden_dim), 32, seed=3)]
     streams = []
     for k in (kernels(), REFERENCE):
         stream = h.clone().to(k.device)
@@ -306,3 +315,50 @@ def test_kernels_are_kept_for_the_next_start(
         path.write_bytes(b"damaged")
     fresh = Cuda("cuda")
     fresh.linear(torch.ones(1, 32, device="cuda"), fresh.pack([weight]))
+
+
+@pytest.mark.parametrize("n_new", [1, 30])
+def test_what_is_queued_before_it_is_read_is_what_would_have_been_run(n_new: int) -> None:
+    """Greedy, drawn and penalized; ended by a stop id, and by the caller."""
+    engines = []
+    for queues in (True, False):
+        made = Cuda("cuda", torch.float32)
+        made.queues = queues  # type: ignore[misc]
+        engines.append(Engine(float_decoder(made), ctx_size=64))
+    ways = (
+        (Greedy(), {}),
+        (Sample(temperature=1.5, top_k=20, top_p=0.9, seed=4), {}),
+        (Greedy(repetition_penalty=1.4), {"stop_ids": frozenset(range(0, 80, 9))}),
+        (Sample(temperature=1.2, seed=4), {"ends": lambda ids: len(ids) == 7}),
+        (Beam(width=3), {}),
+        (Greedy(), {"logprobs": 2}),
+    )
+    for way, settings in ways:
+        ahead, plain = (
+            list(engine.generate(IDS, way, max_new_tokens=n_new, **settings)) for engine in engines
+        )
+        assert [e.id for e in ahead if isinstance(e, Token)] == [
+            e.id for e in plain if isinstance(e, Token)
+        ]
+        assert engines[0].held == engines[1].held
+
+
+def test_weights_that_are_not_numbers_are_told_though_a_pass_is_queued() -> None:
+    decoder = float_decoder(kernels())
+    decoder.norm.weight.fill_(torch.nan)
+    engine = Engine(decoder, ctx_size=64)
+    for way in (Greedy(), Sample(seed=1)):
+        with pytest.raises(DamagedFileError, match="not numbers"):
+            list(engine.generate(IDS, way, max_new_tokens=4))
+    torch.cuda.synchronize()
+
+
+def test_a_prompt_in_many_passes_is_the_same_prompt() -> None:
+    prompt = [(7 * i) % 80 for i in range(150)]
+    whole, parts = (
+        list(Engine(float_decoder(kernels()), ctx_size=192, chunk=chunk).generate(prompt, Greedy()))
+        for chunk in (256, 24)
+    )
+    assert [e.id for e in whole if isinstance(e, Token)] == [
+        e.id for e in parts if isinstance(e, Token)
+    ]

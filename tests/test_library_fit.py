@@ -20,6 +20,7 @@ from llamachat.checkpoints.gguf_types import BLOCK_TYPES
 from llamachat.errors import DamagedFileError, ModelNotFoundError, UsageError
 from llamachat.kernels.backends import choose
 from llamachat.library import fit, loads
+from llamachat.library.fit import Wanted
 from llamachat.library.forecast import GGUF_BITS, Density, Source, forecast, gguf_density
 
 GIB = 2**30
@@ -84,7 +85,7 @@ def test_the_peak_is_within_a_tenth_of_what_is_measured(
 ) -> None:
     command = [sys.executable, "-c", LOAD, str(folder), quantize, kv_cache, str(ctx_size)]
     done = subprocess.run(command, capture_output=True, env=environment(tmp_path), check=True)
-    found = fit.examine(str(folder), ctx_size=ctx_size, quantize=quantize).source
+    found = fit.examine(str(folder), Wanted(ctx_size, quantize)).source
     way = replace(fit.way_of(found, "native", quantize), kv_cache=kv_cache)
     expected = forecast(found, way)
     assert expected.program_bytes + expected.peak_bytes(ctx_size) == pytest.approx(
@@ -123,8 +124,7 @@ def test_the_verdict_follows_from_what_is_free(
         SMALL, dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, hidden_dim=11_008
     )
     use_memory(monkeypatch, free)
-    device = fit.on_cpu(source(config), None, "auto")
-    best = fit.best_of(source(config), device.choices, "auto")
+    best = fit.on_device(source(config), Wanted(), choose()).best
     assert (best.verdict, best.quantize) == (verdict, quantize)
 
 
@@ -133,22 +133,25 @@ def test_more_context_than_memory_has_room_for_is_no_and_less_is_tight(
 ) -> None:
     use_memory(monkeypatch, GIB // 2)
     config = replace(SMALL, max_seq_len=131_072)
-    free, asked = (fit.on_cpu(source(config), n, "int8").choices[1] for n in (None, 131_072))
+    free, asked = (
+        fit.on_device(source(config), Wanted(ctx_size, "int8"), choose()).best
+        for ctx_size in (None, 131_072)
+    )
     assert (free.verdict, asked.verdict) == ("tight", "no")
     assert free.ctx_size == free.longest_context < 131_072
 
 
 def test_what_is_asked_must_be_a_form_and_a_context_of_the_model(folder: Path) -> None:
     with pytest.raises(UsageError, match="quantize"):
-        fit.examine(str(folder), quantize="int3")
+        fit.examine(str(folder), Wanted(quantize="int3"))
     with pytest.raises(UsageError, match="1 to 4096 tokens"):
-        fit.examine(str(folder), ctx_size=5000)
+        fit.examine(str(folder), Wanted(5000))
 
 
 def test_speed_is_the_kept_bandwidth_by_what_a_token_reads(folder: Path) -> None:
     assert fit.examine(str(folder)).best.tok_per_s is None
-    hardware.keep_bandwidth(10.0)
-    best = fit.examine(str(folder), quantize="none").best
+    hardware.keep_bandwidth(hardware.cpu_name(), 10.0)
+    best = fit.examine(str(folder), Wanted(quantize="none")).best
     read = SMALL.n_params - SMALL.vocab_size * SMALL.dim
     assert best.tok_per_s == pytest.approx(10e9 / (4 * read), rel=0.01)
 

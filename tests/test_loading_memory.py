@@ -12,6 +12,7 @@ import pytest
 
 import llamachat
 from llamachat.checkpoints.safetensors import FolderCheckpoint
+from llamachat.checkpoints.stored import Place
 
 FUSED_BYTES = 2 * 96 * 64 * 4  # gate and up, which are packed as one
 TABLE_BYTES = 272 * 64 * 4
@@ -41,8 +42,8 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Live:
     """Counts every tensor that a folder gives."""
     live, tensors = Live(), FolderCheckpoint.tensors
 
-    def watched(self: FolderCheckpoint) -> Iterator[tuple[str, Any]]:
-        for name, tensor in tensors(self):
+    def watched(self: FolderCheckpoint, place: Place) -> Iterator[tuple[str, Any]]:
+        for name, tensor in tensors(self, place):
             live.watch(tensor)
             yield name, tensor
             del tensor

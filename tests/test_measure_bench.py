@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from scripted import Bytes
 
+from llamachat import hardware
 from llamachat.checkpoints import open_checkpoint
 from llamachat.engine.engine import Engine
 from llamachat.engine.events import Done, EngineEvent, Prefill, Token
 from llamachat.engine.strategies import Greedy
 from llamachat.errors import ModelNotFoundError, UsageError
+from llamachat.hardware import Gpu
 from llamachat.kernels.reference import Reference
 from llamachat.measure import bench, rates
 from llamachat.measure.plan import Setup, plan
@@ -80,7 +82,8 @@ def measure(said: list[str], tiny_llama: Callable[..., Path], monkeypatch: Any) 
             engine.now_s += 3
             return SimpleNamespace(
                 name=name, engine=engine, tokenizer=Bytes(), threads=options["threads"] or 9,
-                quantize=options["quantize"], backend="wound", device="cpu",
+                quantize=options["quantize"], backend="wound",
+                device={"auto": "cpu"}.get(options["device"], options["device"]),
                 located=SimpleNamespace(path=folder),
             )  # fmt: skip
 
@@ -171,6 +174,17 @@ def test_the_depth_is_held_before_each_repetition_and_is_not_timed(measure: Meas
     timed = engine.replies[1::2]
     assert timed == [(32, 16, 1)] * 3 + [(32, 1, 1)] + [(32, 1, 5)] * 2
     assert rows[0].samples_ts == (16 / READ_S, 16 / READ_S)
+
+
+def test_a_gpu_is_told_with_the_memory_that_was_taken_of_it(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = tuple(Gpu(name, 2**36, (9, 0)) for name in ("slow", "fast"))
+    monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+    monkeypatch.setattr(bench, "peak_bytes", lambda gpu: 1000 + gpu)
+    monkeypatch.setattr(bench, "reset_peak", lambda gpu: None)
+    rows, _ = measure(n_prompt="5", n_gen="0", device="cuda:1")
+    assert [(row.device, row.gpu, row.peak_bytes) for row in rows] == [("cuda:1", "fast", 1001)]
 
 
 def test_a_model_is_loaded_for_each_number_of_threads(measure: Measure) -> None:

@@ -120,6 +120,20 @@ def limit_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return doctor.examine()["decode_tok_per_s_at_most"].get("m")
 
 
+def test_a_gpu_is_told_with_its_driver_and_its_share_of_what_its_memory_can_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = hardware.Gpu("a GPU", 80 * 2**30, (9, 0), gb_per_s=12.5)
+    monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(hardware, "gpu_driver", lambda: "580.1")
+    monkeypatch.setattr("llamachat.kernels.backends.lacking", lambda index: None)
+    findings = doctor.examine()
+    assert (findings["device"], findings["gpu_driver"]) == ("cuda:0", "580.1")
+    assert findings["measured"]["bandwidth_limit_gb_per_s"] == 12.5
+    assert findings["measured"]["bandwidth_share"] == 0.8
+    assert "H100" in findings["kernel_table"]
+
+
 def test_forecasts_of_memory_are_judged_by_the_loads_that_were_kept(tmp_path: Path) -> None:
     assert doctor.examine()["memory_forecasts"] == {"loads": 0}
     loads.keep(tmp_path, "int8", 110_000_000, 100_000_000)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,16 @@ def test_the_environment_is_read_in_settings_alone() -> None:
 def test_importing_llamachat_does_not_import_torch() -> None:
     program = "import sys, llamachat; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_sources_that_were_not_installed_have_an_unknown_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert llamachat.__version__ == "unknown"
 
 
 def test_the_installed_version_is_that_of_the_sources() -> None:

@@ -167,3 +167,25 @@ def test_threads_are_a_positive_number_or_nothing(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert settings.omp_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("choice", "found"), [("always", (None, "1")), ("never", ("1", None)), ("auto", ("x", "y"))]
+)
+def test_colours_are_chosen_for_every_library(
+    monkeypatch: pytest.MonkeyPatch, choice: str, found: tuple[str | None, str | None]
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "x")
+    monkeypatch.setenv("FORCE_COLOR", "y")
+    settings.choose_color(choice)
+    assert (os.environ.get("NO_COLOR"), os.environ.get("FORCE_COLOR")) == found
+
+
+def test_a_choice_of_colours_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="auto, always, never"):
+        settings.choose_color("red")
+
+
+def test_what_the_program_looks_like_is_in_the_file(tmp_path: Path) -> None:
+    write_config(tmp_path, b"[ui]\nmarkdown = false\ntoolbar = 3\n")
+    assert settings.ui() == settings.Ui(markdown=False)

@@ -6,86 +6,16 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from programs import SCRIPTED, environment
 from scripted import TICKS
 
 if sys.platform == "win32":
     pytest.skip("POSIX pseudo-terminals", allow_module_level=True)
 
-import termios
-
 import pexpect
-
-READING, SENT = "\x1b[?2004h", "\x1b[?2004l"  # a line is being typed; it was sent
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
-CTRL_C, CTRL_D, ALT_ENTER, CTRL_J = "\x03", "\x04", "\x1b\r", "\n"
-
-
-class Terminal:
-    """A person's end of a terminal on which `llamachat chat` runs."""
-
-    def __init__(self, home: Path, *flags: str, columns: int = 80, **variables: str) -> None:
-        self.errors = home / "stderr"
-        self.child = pexpect.spawn(
-            "/bin/sh",
-            ["-c", f'"$@" 2>>"{self.errors}"', "sh", *SCRIPTED, "chat", *flags],
-            env=environment(home, PROMPT_TOOLKIT_NO_CPR="1", **variables),  # type: ignore[arg-type]
-            dimensions=(30, columns),
-            encoding="utf-8",
-            timeout=15,
-        )
-        self.child.delaybeforesend = None
-        self.child.delayafterclose = self.child.delayafterterminate = 0.01
-
-    def wait(self) -> str:
-        """Wait until a line can be typed; returns what was written since the last was sent."""
-        self.child.expect_exact(READING)
-        return ESCAPES.sub("", self.child.before or "")
-
-    def send(self, keys: str) -> None:
-        """Type keys, and wait until they are a message."""
-        self.child.send(keys)
-        self.child.expect_exact(SENT)
-
-    def ask(self, line: str) -> str:
-        """Type a line; returns what the model says to it."""
-        self.send(f"{line}\r")
-        return self.wait().strip("\n")
-
-    def told(self) -> str:
-        """What was written to stderr since this was last called."""
-        text = self.errors.read_text("utf-8")
-        self.errors.write_text("")
-        return text
-
-    def leave(self, keys: str = CTRL_D) -> int:
-        """Type keys that end the program; returns its exit code."""
-        self.child.send(keys)
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        return int(self.child.exitstatus or 0)
-
-
-Open = Callable[..., Terminal]
-
-
-@pytest.fixture
-def open_terminal(tmp_path: Path) -> Iterator[Open]:
-    """Opens a terminal with flags and variables, and closes it after the test."""
-    opened: list[Terminal] = []
-
-    def open_terminal(*flags: str, **options: Any) -> Terminal:
-        opened.append(Terminal(tmp_path, *flags, **options))
-        return opened[-1]
-
-    yield open_terminal
-    for terminal in opened:
-        terminal.child.close(force=True)
+from terminals import ALT_ENTER, CTRL_C, CTRL_J, READING, SENT, Open, Terminal, wait_for_keys
 
 
 @pytest.fixture
@@ -138,13 +68,13 @@ def test_commands_are_performed(terminal: Terminal) -> None:
     terminal.ask("two")
     assert terminal.ask("/regen") == "two (attempt 1)"
     assert re.search(r"^\[attempt 1 of seed \d+\]$", terminal.told(), re.MULTILINE)
-    terminal.ask("/undo")
+    terminal.ask("/undo 2")
     terminal.ask("/system Be brief.")
     terminal.ask("/set temperature 0.25")
     terminal.ask("/show params")
     terminal.ask("/help")
     told = terminal.told()
-    assert "1 left" in told
+    assert "Took back /regen, turn 2; 1 turn left." in told
     assert re.search(r"temperature +0.25 +you", told)
     assert "/help [CMD]" in told
     assert terminal.ask("recall") == "one | recall"
@@ -345,12 +275,6 @@ def test_flags_of_one_answer_need_a_prompt(open_terminal: Open, flag: str) -> No
     terminal.child.close()
     assert terminal.child.exitstatus == 2
     assert flag in terminal.told()
-
-
-def wait_for_keys(child: pexpect.spawn[str]) -> None:
-    """Wait until the program takes each key as it is typed, no longer whole lines."""
-    while termios.tcgetattr(child.fileno())[3] & termios.ICANON:
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

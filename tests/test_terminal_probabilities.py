@@ -11,15 +11,13 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("POSIX pseudo-terminals", allow_module_level=True)
 
-import test_terminal_conversation as conversation
-from test_terminal_conversation import CTRL_C, ESCAPES, READING, Open, Terminal, wait_for_keys
+from terminals import CTRL_C, ESCAPES, READING, Open, Terminal, wait_for_keys
 
 from llamachat.chat.spoken import percent
 
 LEFT, RIGHT, UP, DOWN, HOME, END, ESCAPE = (
     f"\x1b{keys}" for keys in ("[D", "[C", "[A", "[B", "[H", "[F", "")
 )
-open_terminal = conversation.open_terminal
 WALKING, PICTURE_END = "leaves", "\x1b[?7h"
 COLOURS = "plain 50%+, cyan 20%+, yellow 5%+, red below"
 NO_COLOURS = "plain 20%+, underlined 5%+, bold below"

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints.names import iter_weights
+from llamachat.engine.decoding import Decoding
 from llamachat.engine.engine import Engine
 from llamachat.engine.events import Token
-from llamachat.engine.strategies import Greedy
+from llamachat.engine.strategies import Greedy, Sample
 from llamachat.kernels import Batch, Norm
 from llamachat.kernels.cuda import Cuda
 from llamachat.model.decoder import Decoder, load_decoder
@@ -71,12 +72,14 @@ def weights(config: ModelConfig, form: str) -> Iterator[tuple[str, Tensor | QTen
         yield weight.hf, random_weight(weight.shape, form)
 
 
-def decode_rate(engine: Engine, depth: int) -> float:
-    """Tokens a second of a reply at this depth, the prompt not counted."""
+def decode_rate(engine: Engine, depth: int, decoding: Decoding | None = None) -> float:
+    """Tokens a second of a reply at this depth, greedy by default, the prompt not counted."""
     ids = [1 + i % 30000 for i in range(depth)]
     moments = [
         time.perf_counter()
-        for event in engine.generate(ids, Greedy(), max_new_tokens=STEPS + 8, stop_ids=frozenset())
+        for event in engine.generate(
+            ids, decoding or Greedy(), max_new_tokens=STEPS + 8, stop_ids=frozenset()
+        )
         if isinstance(event, Token)
     ]
     return STEPS / (moments[-1] - moments[-1 - STEPS])
@@ -213,6 +216,9 @@ def main() -> None:
         print(f"step at {depth} on the GPU alone: {step * 1e3:.3f} ms, {1 / step:.1f} tok/s")
     if args.brief:
         return
+    for decoding in (Sample(seed=1), Sample(seed=1, top_k=40, top_p=1)):
+        rate = statistics.median(decode_rate(engine, 128, decoding) for _ in range(3))
+        print(f"decode at 128, top-k {decoding.top_k}, top-p {decoding.top_p}: {rate:.1f} tok/s")
     for tokens in (1, 2, 4, 8, 16):
         print(f"pass of {tokens} at 128: {pass_seconds(decoder, tokens, 128) * 1e3:.3f} ms")
     print(f"prefill 512: {512 / pass_seconds(decoder, 512, 0, 8):.0f} tok/s")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from llamachat.chat.asked import done
+from llamachat.chat.asked import done, recorded
 from llamachat.chat.events import Done, Event, FinishReason, Text
 from llamachat.chat.protocols import Speaks
 from llamachat.chat.reply import Reply, spell
@@ -126,7 +126,15 @@ class Comparison:
     def choose(self, index: int) -> Done:
         """Let the conversation go on from a reply."""
         chosen = self.done[index]
-        self._session.answer(self._asked, self._replies[index].spoken(chosen.finish_reason))
+        spoken = recorded(
+            self._replies[index],
+            chosen.finish_reason,
+            self._asked,
+            self._decodings[index],
+            self._session.terms,
+            self.specs[index].quantize,
+        )
+        self._session.answer(self._asked, spoken)
         return chosen
 
     def _run(self, group: Sequence[int]) -> Generator[Indexed, None, bool]:

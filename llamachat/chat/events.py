@@ -10,18 +10,34 @@ from llamachat.engine.events import Prefill, Probabilities, Probability, Specula
 
 __all__ = [
     "Done", "Event", "FinishReason", "OpenText", "Prefill", "Probabilities", "Probability",
-    "Speculation", "Tails", "Text", "Timings", "Trimmed",
+    "Speculation", "Summarizing", "Tails", "Text", "Timings", "Trimmed",
 ]  # fmt: skip
 
 FinishReason = Literal["stop", "length", "interrupted", "loop"]
 
 
 @dataclass(frozen=True, slots=True)
+class Summarizing:
+    """The context is full: the model first sums up so many of the oldest turns."""
+
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Trimmed:
-    """The context was full: so many of the oldest turns were left out of the prompt."""
+    """The context was full: so many of the oldest turns were left out of the prompt.
+
+    Attributes:
+        turns: how many.
+        tokens: what this saved.
+        note: what the prompt says instead, if they were summarized.
+        problem: why they were not, though it was asked for.
+    """
 
     turns: int
     tokens: int
+    note: str | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +102,4 @@ class Done:
     mean_logprob: float | None = None
 
 
-Event: TypeAlias = Trimmed | Prefill | Text | Tails | Done
+Event: TypeAlias = Summarizing | Trimmed | Prefill | Text | Tails | Done

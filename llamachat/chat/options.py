@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from llamachat.engine import parameters
@@ -77,10 +77,12 @@ class Options:
     Attributes:
         said: the user's own words.
         layers: (origin, values) below it, the strongest first: config file, model, catalog.
+        origins: who said what the user said, by name, where that was not the user just now.
     """
 
     said: Said
     layers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def values(self) -> dict[str, tuple[Any, str]]:
         """Every value and its origin, the strategy applied.
@@ -140,7 +142,15 @@ class Options:
         }
         if "beam_groups" in said and "diversity_penalty" not in said:
             values["diversity_penalty"] = (1.0, "beam groups")
-        return values | {name: (value, "you") for name, value in said.items()}
+        for origin, layer in reversed(self.layers):
+            values |= {name: (layer[name], origin) for name in BEAMS if name in layer}
+        return values | {name: (value, self.origin(name)) for name, value in said.items()}
+
+    def origin(self, name: str) -> str:
+        """Who said what was said of this, if only as the amount of a strategy."""
+        if name in (*FILTERS, "num_beams") and getattr(self.said, name) is None:
+            name = "strategy"
+        return self.origins.get(name, "you")
 
     def decoding(self, tokenizer: Tokenizer | None = None) -> Decoding:
         """The frozen options that the engine takes.
@@ -172,11 +182,16 @@ class Options:
     def saying(self, **changes: object) -> Options:
         """The same with some of the user's words changed; None takes a word back."""
         said = replace(self.said, **changes)  # type: ignore[arg-type]  # callers parse them
-        return replace(self, said=said)
+        return replace(self.by_you(*changes), said=said)
+
+    def by_you(self, *names: str) -> Options:
+        """The same, but that these were said just now."""
+        kept = {name: origin for name, origin in self.origins.items() if name not in names}
+        return replace(self, origins=kept)
 
     def _layered(self, name: str, named: Mapping[str, Any]) -> tuple[Any, str]:
         if name in named:
-            return named[name], "you"
+            return named[name], self.origin(name)
         for origin, values in self.layers:
             if name in values:
                 return values[name], origin

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, cast
@@ -49,12 +50,15 @@ class Sandbox:
         self._memory_limit_bytes = memory_limit_bytes
         self._worker: _Worker | None = None
 
-    def render(self, source: str, variables: Mapping[str, Any]) -> str:
+    def render(
+        self, source: str, variables: Mapping[str, Any], *, now: datetime | None = None
+    ) -> str:
         """The text of the template `source`.
 
         Args:
             source: a chat template as Hugging Face writes them.
             variables: what it may name; plain JSON values.
+            now: what `strftime_now` tells; default the moment of rendering.
 
         Raises:
             UsageError: the template refused the variables (`raise_exception`).
@@ -64,8 +68,8 @@ class Sandbox:
             raise _damaged(f"{len(source):,} characters, expected at most {MAX_SOURCE_CHARS:,}")
         if self._worker is None:
             self._worker = _Worker(self._memory_limit_bytes, self._time_limit_s)
-            self._ask("", {}, _START_LIMIT_S)  # the start is not the template's time
-        answer = self._ask(source, variables, self._time_limit_s)
+            self._ask("", {}, None, _START_LIMIT_S)  # the start is not the template's time
+        answer = self._ask(source, variables, now, self._time_limit_s)
         if "refused" in answer:
             raise UsageError(
                 f"chat template: {_printable(answer['refused'])}",
@@ -93,9 +97,16 @@ class Sandbox:
     ) -> None:
         self.close()
 
-    def _ask(self, source: str, variables: Mapping[str, Any], limit_s: float) -> dict[str, str]:
+    def _ask(
+        self, source: str, variables: Mapping[str, Any], now: datetime | None, limit_s: float
+    ) -> dict[str, str]:
         assert self._worker is not None
-        request = {"source": source, "variables": variables, "max_chars": MAX_RENDERED_CHARS}
+        request = {
+            "source": source,
+            "variables": variables,
+            "now": None if now is None else now.isoformat(),
+            "max_chars": MAX_RENDERED_CHARS,
+        }
         try:
             return self._worker.ask(request, limit_s)
         except BaseException:  # a limit, or Ctrl-C: the worker is still at it

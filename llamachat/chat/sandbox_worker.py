@@ -1,8 +1,8 @@
 """The process that renders chat templates: a script run with `python -I`, never imported.
 
 Usage: sandbox_worker.py MEMORY_LIMIT_BYTES TIME_LIMIT_S FOLDER...
-Each line of stdin is {"source", "variables", "max_chars"}; each is answered by one line on stdout:
-{"text"}, {"refused"} (the template called raise_exception) or {"failed"} (anything else).
+Each line of stdin is {"source", "variables", "now", "max_chars"}; each is answered by one line on
+stdout: {"text"}, {"refused"} (the template called raise_exception) or {"failed"} (anything else).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def limit_time(limit_s: int) -> None:
 def respond(request: Mapping[str, Any]) -> dict[str, str]:
     """Render one template, or say why not."""
     try:
-        return {"text": render(request["source"], request["variables"], request["max_chars"])}
+        return {"text": render(**request)}
     except Refusal as error:
         return {"refused": str(error.message)[:500]}
     except MemoryError:
@@ -82,10 +82,11 @@ def respond(request: Mapping[str, Any]) -> dict[str, str]:
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
 
 
-def render(source: str, variables: Mapping[str, Any], max_chars: int) -> str:
+def render(source: str, variables: Mapping[str, Any], now: str | None, max_chars: int) -> str:
     """Render piece by piece, so that endless output ends at the limit."""
+    moment = datetime.fromisoformat(now) if now else datetime.now()
     pieces, length = [], 0
-    for piece in compiled(source).generate(**variables):
+    for piece in compiled(source).generate(**variables, strftime_now=moment.strftime):
         pieces.append(piece)
         length += len(piece)
         if length > max_chars:
@@ -106,7 +107,6 @@ def compiled(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
     return environment.from_string(source)
 
 
@@ -130,11 +130,6 @@ def to_json(
 def raise_exception(message: object) -> NoReturn:
     """How a template refuses a conversation."""
     raise Refusal(str(message))
-
-
-def strftime_now(form: str) -> str:
-    """The local date and time in a strftime form."""
-    return datetime.now().strftime(form)
 
 
 if __name__ == "__main__":

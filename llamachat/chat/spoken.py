@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamachat.chat.events import FinishReason, Probabilities, Probability, Text
+from llamachat.chat.record import Record
 from llamachat.chat.templates import Message
 from llamachat.engine.events import Token
 from llamachat.errors import UsageError
@@ -66,11 +67,13 @@ class Begun:
         tokens: what was said before.
         next: what is said now without being chosen.
         ended: how it ends after that; None: it does not, and choices follow.
+        record: how what was said before was made, as far as it was made here.
     """
 
     tokens: tuple[Token, ...]
     next: tuple[Token, ...] = ()
     ended: FinishReason | None = None
+    record: Record = field(default_factory=Record)
 
 
 def ids_of(tokens: Iterable[Token]) -> tuple[int, ...]:
@@ -89,9 +92,10 @@ def alternatives(known: Probabilities | None) -> tuple[Probability, ...]:
 def begun_as(message: Message, spoken: Spoken | None, tokenizer: Tokenizer) -> Begun:
     """A reply to go on with: what it was generated as, or its text would be."""
     if spoken is not None and message.ids == spoken.ids:
-        return Begun(spoken.tokens)
-    ids = tokenizer.encode(message.content) if message.ids is None else message.ids
-    return Begun(tuple(map(Token, ids)))
+        return Begun(spoken.tokens, record=message.record or Record())
+    ids = tuple(tokenizer.encode(message.content)) if message.ids is None else message.ids
+    known = message.record if message.record and message.record.ids == ids else None
+    return Begun(tuple(map(Token, ids)), record=known or Record())
 
 
 def branched(replies: Sequence[Spoken], index: int, token: int, stop_ids: frozenset[int]) -> Begun:
@@ -102,12 +106,15 @@ def branched(replies: Sequence[Spoken], index: int, token: int, stop_ids: frozen
     """
     last = replies[-1]
     chosen, head = last.choosing(index, token), last.tokens[:index]
+    record = (last.message.record or Record()).cut(index)
     if token in stop_ids:
-        return Begun(head, ended="stop")
+        return Begun(head, ended="stop", record=record)
     for reply in reversed(replies):
         if reply.ids[: index + 1] == (*last.ids[:index], token):
-            return Begun(head, (chosen, *reply.tokens[index + 1 :]), reply.finish_reason)
-    return Begun(head, (chosen,))
+            rest = reply.tokens[index + 1 :]
+            known = reply.message.record or record
+            return Begun(head, (chosen, *rest), reply.finish_reason, known)
+    return Begun(head, (chosen,), record=record)
 
 
 def spelled(token: int, tokenizer: Tokenizer) -> str:

@@ -10,10 +10,12 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from typing import Final, Literal, Protocol, TypeAlias
 
+from llamachat.chat.record import Record
 from llamachat.chat.sandbox import Sandbox
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
@@ -24,11 +26,15 @@ Segment: TypeAlias = int | str | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `ids`: what an assistant turn was generated as; an edit of `content` drops them."""
+    """One turn. `ids`: what an assistant turn was generated as; an edit of `content` drops them.
+
+    `record`: how it was made; two messages that say the same are equal, however they were made.
+    """
 
     role: Role
     content: str
     ids: tuple[int, ...] | None = None
+    record: Record | None = field(default=None, compare=False, repr=False)
 
 
 class Template(Protocol):
@@ -119,6 +125,10 @@ class JinjaTemplate:
         source: the Jinja source.
         tokenizer: names the special tokens that the template may write.
         sandbox: where to render; by default one of its own.
+
+    Attributes:
+        now: the moment that `strftime_now` tells: that of a conversation's beginning, so that its
+            prompts begin alike on both sides of midnight.
     """
 
     name: Final = "jinja"
@@ -134,11 +144,17 @@ class JinjaTemplate:
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         spelled = {token: text for text, token in tokenizer.specials.items()}
         self.source = source
+        self.now = datetime.now()
         self._tokens = {k: spelled[token] for k, token in named.items() if token in spelled}
         self._specials = tokenizer.specials
         longest_first = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._sandbox = sandbox or Sandbox()
+
+    @property
+    def tells_date(self) -> bool:
+        """Whether what it writes depends on `now`."""
+        return "strftime_now" in self.source
 
     def segments(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -152,8 +168,9 @@ class JinjaTemplate:
             "documents": None,
             **self._tokens,
         }
+        rendered = self._sandbox.render(self.source, variables, now=self.now)
         segments: list[Segment] = []
-        for literal, content in stand_ins.replaced(self._sandbox.render(self.source, variables)):
+        for literal, content in stand_ins.replaced(rendered):
             segments += (self._specials.get(piece, piece) for piece in self._special.split(literal))
             segments.append(content)
         return joined(segments)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llamachat.architecture import ModelConfig
+from llamachat.checkpoints.stored import Place, as_read
 from llamachat.errors import DamagedFileError, ModelNotFoundError
 from llamachat.tokenizer import Tokenizer
 
@@ -67,8 +68,11 @@ class Checkpoint(Protocol):
         """Build the tokenizer."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight by its Hugging Face name, one in memory at a time; q and k rows half-split.
+
+        `place` is where what was read may be worked on: checked, taken apart, put in order. A form
+        that has nothing to do for it, or needs the host, leaves weights where they are.
 
         Also yields `rope_freqs` (head_dim / 2,) float32 where the file has it: divisors of the
         inverse frequencies.

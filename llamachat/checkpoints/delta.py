@@ -17,7 +17,7 @@ from llamachat.checkpoints import Checkpoint
 from llamachat.checkpoints.names import check_shapes, iter_weights, located
 from llamachat.checkpoints.overlay import EMBEDDING, HEAD, Overlay, as_floats
 from llamachat.checkpoints.safetensors import FolderCheckpoint
-from llamachat.checkpoints.stored import FLOATS
+from llamachat.checkpoints.stored import FLOATS, Place, as_read
 from llamachat.errors import CheckFailedError, DamagedFileError, UsageError
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class DeltaCheckpoint(Overlay):
             )
         return config
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight in the delta's type.
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor]]:
+        """Every weight in the delta's type, on the host.
 
         Raises:
             UsageError: rows are added, and nothing says what they hold.

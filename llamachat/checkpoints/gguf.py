@@ -15,7 +15,7 @@ from llamachat.checkpoints import chatglm
 from llamachat.checkpoints.gguf_header import Header, TensorInfo, integer, map_file, read_header
 from llamachat.checkpoints.joined import Joined, Layout, iter_joined, rows_by_weight
 from llamachat.checkpoints.names import check_shapes, located, renamed, shown
-from llamachat.checkpoints.stored import check_finite
+from llamachat.checkpoints.stored import Place, as_read, check_finite
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 
@@ -160,10 +160,10 @@ class GgufCheckpoint:
 
         return tokenizer_from_gguf(self._header.metadata, str(self.files[0]))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight by its Hugging Face name, in the order of a forward pass."""
         for joined in iter_joined(self.config, self._layout):
-            yield from joined.split(_read(self._tensors[joined.name]))
+            yield from joined.split(_read(self._tensors[joined.name], place))
         if _ROPE_FREQS in self._tensors:
             yield "rope_freqs", _read_rope_freqs(self._tensors[_ROPE_FREQS])
 
@@ -253,7 +253,7 @@ def _check_vocabulary(metadata: Mapping[str, Any], n_rows: int) -> None:
         )
 
 
-def _read(info: TensorInfo) -> Tensor | QTensor:
+def _read(info: TensorInfo, place: Place = as_read) -> Tensor | QTensor:
     from llamachat.checkpoints.blocks import read_blocks
 
     end = info.start + info.n_bytes
@@ -263,7 +263,7 @@ def _read(info: TensorInfo) -> Tensor | QTensor:
                 f"{info.path}: {info.name} ends at {end}, the file has shrunk to {len(data)} bytes"
             )
         with view[info.start : end] as raw:
-            tensor = read_blocks(raw, info.kind, info.shape)
+            tensor = read_blocks(raw, info.kind, info.shape, place)
     with located(info.path):
         check_finite(info.name, tensor)
     return tensor

@@ -23,7 +23,7 @@ from llamachat.checkpoints.names import Shape, check_shapes, located, shown
 from llamachat.checkpoints.overlay import EMBEDDING, HEAD, Overlay, as_floats, changed_in
 from llamachat.checkpoints.safetensors import ADAPTER_CONFIG as CONFIG
 from llamachat.checkpoints.safetensors import read_header
-from llamachat.checkpoints.stored import check_finite, check_floats
+from llamachat.checkpoints.stored import Place, as_read, check_finite, check_floats
 from llamachat.errors import DamagedFileError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -174,8 +174,8 @@ class AdaptedCheckpoint(Overlay):
             check_shapes(found, ((n, shape) for n, shape in shapes.items() if n in found))
         return config
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
-        """Every weight in the base's order; what is merged is float32."""
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor | QTensor]]:
+        """Every weight in the base's order; what is merged is float32. All stay on the host."""
         is_untied = self.base.config.tied and not self.config.tied
         for name, tensor in self.base.tensors():
             yield name, self._applied(name, tensor)

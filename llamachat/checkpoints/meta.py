@@ -27,7 +27,7 @@ from llamachat.checkpoints.names import (
     shown,
 )
 from llamachat.checkpoints.pickled import PickledTensor, read_pickled
-from llamachat.checkpoints.stored import check_finite, check_floats, commonest_type
+from llamachat.checkpoints.stored import Place, as_read, check_finite, check_floats, commonest_type
 from llamachat.errors import DamagedFileError, LlamachatError
 from llamachat.tokenizer import Tokenizer
 
@@ -157,11 +157,11 @@ class MetaCheckpoint:
 
         return tokenizer_from_folder(self._tokenizer_folder, bos_id=None, eos_ids=())
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its Hugging Face name, in the order of a forward pass."""
         copies = self._copies(self.config)
         for weight in iter_weights(self.config):
-            yield weight.hf, self._read(weight, copies)
+            yield weight.hf, self._read(weight, copies, place)
 
     @property
     def _tokenizer_folder(self) -> Path:
@@ -241,11 +241,12 @@ class MetaCheckpoint:
         for parts in zip(*(self._stored[name] for name in names), strict=True):
             check_floats(dict(zip(names, parts, strict=True)), names)
 
-    def _read(self, weight: WeightName, copies: int) -> Tensor:
+    def _read(self, weight: WeightName, copies: int, place: Place) -> Tensor:
         import torch
 
         name = _meta_name(weight.hf)
-        axis, parts = self._axis(name), [part.read() for part in self._stored[name]]
+        axis = self._axis(name)
+        parts = [place(part.read()) for part in self._stored[name]]
         for path, part in zip(self._shards, parts, strict=True):
             with located(path):
                 check_finite(name, part)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from llamachat.architecture import ModelConfig, brief
 from llamachat.errors import DamagedFileError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Shape = tuple[int, ...]
 
@@ -127,6 +129,8 @@ def half_split_rows(n_rows: int, heads: int) -> npt.NDArray[np.intp]:
 
     The inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
     """
+    import numpy as np
+
     pairs = np.arange(n_rows).reshape(heads, -1, 2)  # (H, E / 2, 2)
     return pairs.swapaxes(1, 2).reshape(-1)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints import Checkpoint
 from llamachat.checkpoints.safetensors import FolderCheckpoint
+from llamachat.checkpoints.stored import Place, as_read
 from llamachat.errors import DamagedFileError
 from llamachat.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ class Overlay(ABC):
         """How most weights are stored."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight, those that change in their new values."""
 
     @property

@@ -12,21 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from llamachat import hardware
 from llamachat.architecture import ModelConfig, brief
 from llamachat.checkpoints.gguf import GgufCheckpoint
 from llamachat.checkpoints.meta import MetaCheckpoint, is_meta
 from llamachat.checkpoints.names import located
 from llamachat.checkpoints.quantized_layout import PARTS, Kept, StoredWeight, expect, layouts
 from llamachat.checkpoints.safetensors import FolderCheckpoint, opened, read_header
-from llamachat.checkpoints.stored import check_finite
+from llamachat.checkpoints.stored import Place, as_read, check_finite
 from llamachat.errors import DamagedFileError, TransferError
 from llamachat.tokenizer import Tokenizer
 
@@ -44,6 +47,7 @@ MAGIC = f'{{"__metadata__":{{"format":"{FORMAT}"'.encode()  # after the 8 bytes 
 
 _BIASED = "model.layers.0.self_attn.{}_proj.bias"  # as the first layer, so are all
 _CHUNK_BYTES = 1 << 20
+_MOST_AHEAD = 4  # weights that are verified while one is used
 _HINT = "it is no longer as it was written: delete the folder, or quantize again with --force"
 
 
@@ -209,22 +213,25 @@ class QuantizedCheckpoint:
         """Build the tokenizer."""
         return self._frame.tokenizer()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
-        """Every weight by its name, verified; the next is verified while this one is used."""
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor | QTensor]]:
+        """Every weight by its name, verified; the next ones are while this one is used."""
         self.verify()
         path, sha256 = self._path / WEIGHTS, self.facts.sha256
+        n_ahead = max(1, min(hardware.usable_cores() // 2, _MOST_AHEAD))
         with (
             _blamed(),
             opened(path, framework="pt") as file,
-            ThreadPoolExecutor(1) as pool,
+            ThreadPoolExecutor(n_ahead) as pool,
         ):
-            later: Future[tuple[str, Tensor | QTensor]] | None = None
-            for weight in self.weights:
-                sooner, later = later, pool.submit(_read, file, weight, sha256[weight.name], path)
-                if sooner:
-                    yield sooner.result()
-            if later:
-                yield later.result()
+            submitted = (
+                pool.submit(_read, file, weight, sha256[weight.name], path)
+                for weight in self.weights
+            )
+            ahead = deque(islice(submitted, n_ahead))
+            while ahead:
+                sooner = ahead.popleft()
+                ahead.extend(islice(submitted, 1))
+                yield sooner.result()
 
     def verify(self) -> None:
         """Compare the header and the files beside the weights with their sha256.

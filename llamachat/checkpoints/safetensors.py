@@ -28,7 +28,14 @@ from llamachat.checkpoints.joined import HUGGING_FACE, Layout, iter_joined
 from llamachat.checkpoints.json_files import read_json, read_text, unique
 from llamachat.checkpoints.names import Shape, check_shapes, located, shown
 from llamachat.checkpoints.pickled import read_pickled
-from llamachat.checkpoints.stored import Stored, check_finite, check_floats, commonest_type
+from llamachat.checkpoints.stored import (
+    Place,
+    Stored,
+    as_read,
+    check_finite,
+    check_floats,
+    commonest_type,
+)
 from llamachat.errors import DamagedFileError, TransferError, UsageError
 from llamachat.tokenizer import Tokenizer
 
@@ -163,10 +170,10 @@ class FolderCheckpoint:
             n_ids=self.declared_config.vocab_size if self._is(MLLAMA) else None,
         )
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QTensor]]:
+    def tensors(self, place: Place = as_read) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Every weight by its name, in the order of a forward pass; a tied head is left out."""
         for joined in iter_joined(self.config, self._layout(self.config)):
-            yield from joined.split(self._read(joined.name))
+            yield from joined.split(self._read(joined.name, place))
 
     def _refuse_adapter(self) -> None:
         has_files = [(self._path / name).exists() for name in (_CONFIG, ADAPTER_CONFIG)]
@@ -231,9 +238,9 @@ class FolderCheckpoint:
         with located(self._path):
             return bnb.quantized(self._stored, contents)
 
-    def _read(self, name: str) -> Tensor | QTensor:
+    def _read(self, name: str, place: Place) -> Tensor | QTensor:
         def tensor(name: str) -> Tensor:
-            return self._stored[name].read()
+            return place(self._stored[name].read())
 
         weight = self._quantized.get(name)
         found = weight.read(tensor) if weight else tensor(name)

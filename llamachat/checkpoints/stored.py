@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from llamachat.quant.tensor import QTensor
 
+Place = Callable[["Tensor"], "Tensor"]  # brings what was read to where it is worked on: to a GPU
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' words: torch's
 
 
@@ -41,6 +42,11 @@ class Stored(Protocol):
     def read(self) -> Tensor:
         """The values, contiguous."""
         ...
+
+
+def as_read(tensor: Tensor) -> Tensor:
+    """The place of what stays where it is."""
+    return tensor
 
 
 def check_floats(stored: Mapping[str, Stored], names: Iterable[str]) -> None:

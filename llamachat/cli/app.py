@@ -6,27 +6,41 @@ import functools
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from llamachat.cli import bench, chat, compare, doctor, eval, fit, merge, models, quantize, tokenize
-from llamachat.errors import LlamachatError, UsageError
-from llamachat.terminal import output
-from llamachat.terminal.failure import show_failure
-
-EPILOG = (
-    "LLAMACHAT_<COMMAND>_<OPTION> sets any option. Exit codes: 0 ok, 1 unexpected, 2 usage or "
-    "empty prompt, 3 model unknown or not on disk, 4 no access, 5 will not fit, 6 prompt longer "
-    "than the context, 7 network or disk, 8 a check failed, 9 damaged or unsupported file, "
-    "130 interrupted."
+from llamachat.cli import (
+    bench,
+    chat,
+    compare,
+    config,
+    doctor,
+    eval,
+    fit,
+    merge,
+    models,
+    quantize,
+    sessions,
+    tokenize,
+    unconverted,
 )
+from llamachat.cli.configured import origin_of
+from llamachat.cli.manual import epilog
+from llamachat.errors import LlamachatError, TransferError, UsageError
+from llamachat.terminal import output
+from llamachat.terminal.failure import show_failure, understood
 
 ALIASES = {"run": "chat", "download": "pull", "remove": "rm"}  # what other programs call them
 
 
-class Commands(TyperGroup):
+_ENDINGS = [signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+    _ENDINGS.append(signal.SIGHUP)  # the terminal has gone
+
+
+class Commands(unconverted.Group):
     """Understands other programs' names of a command; they share its variables and help."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -36,9 +50,8 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    epilog=EPILOG,
+    epilog=epilog(),
     rich_markup_mode=None,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -52,6 +65,7 @@ def run() -> int:
     """Run the command line; returns its exit code, however it ends."""
     output.prepare()
     try:
+        _stand_somewhere()
         exit_code: int | None = app(prog_name="llamachat", standalone_mode=False)
         sys.stdout.flush()
     except OSError as error:  # help or version: what a command raises does not come here
@@ -71,7 +85,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., int]:
     @functools.wraps(command)
     def ended(*args: Any, **kwargs: Any) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+        for number in _ENDINGS:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -85,10 +100,19 @@ def guarded(command: Callable[..., None]) -> Callable[..., int]:
     return ended
 
 
+def _stand_somewhere() -> None:
+    """Refuse to run in a folder that is gone: libraries die of it, in words of their own."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise TransferError("the working folder is gone", hint="cd to another one") from error
+
+
 def _failed(error: Exception, *, verbose: bool = False) -> int:
     if isinstance(error, BrokenPipeError):  # nobody reads on, as with `| head`
         return 0
     show_failure(error, verbose=verbose)
+    error = understood(error)
     return error.exit_code if isinstance(error, LlamachatError) else 1
 
 
@@ -98,7 +122,11 @@ def _misused(error: Exception) -> Exception:
         return error
     context = getattr(error, "ctx", None)
     program = context.command_path if context else "llamachat"
-    return UsageError(error.format_message().rstrip("."), hint=f"{program} --help")
+    message, parameter = error.format_message().rstrip("."), getattr(error, "param", None)
+    origin = origin_of(context, parameter.name) if context and parameter else None
+    if origin not in (None, "flag"):
+        message = f"{origin}: {message}"
+    return UsageError(message, hint=f"{program} --help")
 
 
 def _show_version(value: bool) -> None:
@@ -130,7 +158,7 @@ def top(
         typer.echo(context.get_help())
 
 
-for name, command in (
+COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("chat", chat.chat),
     ("compare", compare.compare),
     ("pull", models.pull),
@@ -145,5 +173,27 @@ for name, command in (
     ("eval", eval.evaluate),
     ("bench", bench.bench),
     ("doctor", doctor.doctor),
+    ("replay", sessions.replay),
+)
+SETTINGS: tuple[tuple[str, Callable[..., None]], ...] = (
+    ("path", config.path),
+    ("show", config.show),
+    ("set", config.set_),
+)
+settings_app = typer.Typer(
+    no_args_is_help=True,
+    help="Settings: where they are, what they are, and how to change them.",
+)
+app.add_typer(settings_app, name="config", epilog=epilog("config"))
+on_sessions = typer.Typer(help="Conversations that are saved.")
+on_sessions.callback(invoke_without_command=True)(sessions.top)
+app.add_typer(on_sessions, name="sessions", epilog=epilog("sessions"))
+
+for group, prefix, commands in (
+    (app, "", COMMANDS),
+    (settings_app, "config ", SETTINGS),
+    (on_sessions, "sessions ", tuple(sessions.COMMANDS.items())),
 ):
-    app.command(name)(guarded(command))
+    for name, command in commands:
+        ending = epilog(prefix + name)
+        group.command(name, cls=unconverted.Command, epilog=ending)(guarded(command))

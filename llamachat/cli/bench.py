@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from llamachat.cli.flags import Json, Text, Verbose, option
+from llamachat.cli.flags import Device, Force, Json, Text, Verbose, option
 
 
 def bench(
@@ -24,6 +24,7 @@ def bench(
     threads: Annotated[
         Text, option("--threads", "-t", metavar="N,...", help="[default: physical cores]")
     ] = None,
+    device: Device = "auto",
     repetitions: Annotated[
         int, option("--repetitions", "-r", metavar="N", help="Of each test [5].")
     ] = 5,
@@ -34,17 +35,19 @@ def bench(
         Text, option("--output", "-o", metavar="FORM", help="md [default], json, jsonl, csv.")
     ] = None,
     json: Json = False,
+    force: Force = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure speed as llama-bench does, and the memory bandwidth that bounds it."""
     from dataclasses import asdict
 
     from llamachat import settings
-    from llamachat.library.store import resolve
+    from llamachat.library.fit import Wanted
     from llamachat.measure.plan import plan
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.fetching import Door
     from llamachat.terminal.interrupts import left_at_once
-    from llamachat.terminal.progress import Status, download_progress
+    from llamachat.terminal.progress import Status
     from llamachat.terminal.reports import form_of, show_rows
 
     form = form_of(output, json=json)
@@ -56,11 +59,12 @@ def bench(
         n_gen=n_gen,
         depth=depth,
         repetitions=repetitions,
+        device=device,
     )
     notices, status = Notices(), Status()
-    with download_progress(quiet=False) as progress:
-        for name in asked.models:
-            resolve(name, notice=notices, progress=progress)
+    door = Door(notices, flags=("--quantize",), force=force)
+    for setup in asked.setups:
+        door.prepare(setup.model, Wanted(asked.ctx_size, setup.quantize, device))
     with left_at_once():
         from llamachat.measure.bench import measure
 
@@ -68,5 +72,5 @@ def bench(
         status.clear()
         notices(line)
 
-    rows = measure(asked, status=status.show, notice=notice)
+    rows = measure(asked, force=door.force, status=status.show, notice=notice)
     show_rows(map(asdict, rows), form, status)

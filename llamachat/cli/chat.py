@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from functools import partial
+from typing import Annotated
+
+import typer
 
 from llamachat.cli.flags import (
     Backend,
     BadWord,
     BeamGroups,
+    Color,
+    Continue,
     CtxSize,
     Device,
     DiversityPenalty,
@@ -26,8 +31,11 @@ from llamachat.cli.flags import (
     MinP,
     ModelName,
     NoRepeatNgramSize,
+    NoSave,
     NumBeams,
     Offline,
+    Output,
+    Overflow,
     PresencePenalty,
     Prompt,
     Quantize,
@@ -37,9 +45,11 @@ from llamachat.cli.flags import (
     Revision,
     Samplers,
     Seed,
+    Session,
     Stop,
     StopLoops,
     Strategy,
+    Stream,
     System,
     SystemFile,
     Temperature,
@@ -54,10 +64,9 @@ from llamachat.cli.flags import (
     run_of,
 )
 
-# ruff: noqa: UP045  # Typer evaluates annotations on Python 3.10, too
-
 
 def chat(
+    context: typer.Context,
     argument: Question = None,
     *,
     model: ModelName = None,
@@ -75,6 +84,7 @@ def chat(
     lora: Lora = None,
     kv_cache: KvCache = "auto",
     template: Template = None,
+    overflow: Overflow = "trim",
     strategy: Strategy = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -98,15 +108,19 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     stop_loops: StopLoops = 0,
+    session: Session = None,
+    resume: Continue = False,
+    no_save: NoSave = False,
     speculate: Annotated[
         int,
         option("--speculate", metavar="N", minimum=0, help="Draft N tokens a pass; 0 is off."),
     ] = 0,
-    stream: Annotated[
-        Optional[bool], option("--stream/--no-stream", help="Text as it comes [default], or not.")
-    ] = None,
+    stream: Stream = None,
     json: Annotated[
         bool, option("--json", help="One object; with --stream one event a line.")
+    ] = False,
+    extract: Annotated[
+        bool, option("--extract", "-x", help="Only the first block of code of the answer.")
     ] = False,
     logprobs: Annotated[
         int,
@@ -118,6 +132,12 @@ def chat(
             help="Each token's probability and K alternatives: in JSON, or in a conversation.",
         ),
     ] = 0,
+    output: Output = None,
+    interactive: Annotated[
+        bool,
+        option("--interactive", "-i", help="Go on talking after the first answer, on a terminal."),
+    ] = False,
+    color: Color = "auto",
     force: Force = False,
     offline: Offline = False,
     revision: Revision = None,
@@ -131,17 +151,25 @@ def chat(
     """
     flags = dict(locals())
     from llamachat.errors import UsageError
-    from llamachat.terminal import question, reply
+    from llamachat.terminal import question
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.output import collected
 
     notices = Notices(quiet=quiet)
-    asked = question.read(argument, prompt, file or [], notices)
-    run = run_of(flags, notices)
-    if asked is None:
-        if json or stream is False:
-            raise UsageError("--json and --no-stream need a prompt")
-        from llamachat.terminal import repl
+    asked = question.read(argument, prompt, file or [], notices, talks=interactive)
+    if asked is None or interactive:
+        if json or extract or stream is False or output is not None:
+            raise UsageError(
+                "--json, --extract, --no-stream and --output are for one answer: give a prompt"
+            )
+        from llamachat.terminal.conversation import converse
+        from llamachat.terminal.keyboard import take_keyboard
 
-        repl.converse(run)
+        take_keyboard()
+        converse(partial(run_of, flags), notices, first=asked, verbose=verbose)
     else:
-        reply.answer(asked, run, json=json, stream=stream)
+        from llamachat.terminal import reply
+
+        run = run_of(flags, notices)
+        with collected(output):
+            reply.answer(asked, run, json=json, stream=stream, extract=extract)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from llamachat.cli.flags import (
     Backend,
     BadWord,
+    Color,
     CtxSize,
     Device,
     Dtype,
     Files,
     Force,
     FrequencyPenalty,
-    Json,
     KvCache,
     LogitBias,
     Lora,
@@ -19,6 +23,7 @@ from llamachat.cli.flags import (
     ModelName,
     NoRepeatNgramSize,
     Offline,
+    Output,
     PresencePenalty,
     Prompt,
     Quantize,
@@ -29,6 +34,7 @@ from llamachat.cli.flags import (
     Seed,
     Stop,
     StopLoops,
+    Stream,
     System,
     SystemFile,
     Template,
@@ -36,11 +42,13 @@ from llamachat.cli.flags import (
     TokenFile,
     Verbose,
     With,
+    option,
     run_of,
 )
 
 
 def compare(
+    context: typer.Context,
     argument: Question = None,
     *,
     with_: With = None,
@@ -68,7 +76,12 @@ def compare(
     seed: Seed = None,
     stop: Stop = None,
     stop_loops: StopLoops = 0,
-    json: Json = False,
+    stream: Stream = None,
+    json: Annotated[
+        bool, option("--json", help="One object; with --stream one event a line.")
+    ] = False,
+    output: Output = None,
+    color: Color = "auto",
     force: Force = False,
     offline: Offline = False,
     revision: Revision = None,
@@ -86,6 +99,7 @@ def compare(
     from llamachat.errors import UsageError
     from llamachat.terminal import comparison, question
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.output import collected
 
     notices = Notices(quiet=quiet)
     specs = [parse_spec(text) for text in with_ or DEFAULTS]
@@ -93,4 +107,5 @@ def compare(
     if asked is None:
         raise UsageError("there is no prompt", hint='llamachat compare "your question"')
     run = run_of(flags, notices)
-    comparison.compare(asked, run, specs, json=json)
+    with collected(output):
+        comparison.compare(asked, run, specs, json=json, stream=stream)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
 from llamachat.cli.flags import (
     Backend,
     Dtype,
+    Force,
     Json,
     KvCache,
     Name,
@@ -48,6 +50,7 @@ def evaluate(
     dtype: Dtype = "auto",
     threads: Threads = None,
     json: Json = False,
+    force: Force = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -57,12 +60,13 @@ def evaluate(
     has no room for that, in its file's own type, or bfloat16.
     """
     from llamachat.library import results
-    from llamachat.library.store import resolve
+    from llamachat.library.fit import Wanted
     from llamachat.measure.request import Request, requirement
     from llamachat.terminal import question
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.fetching import Door
     from llamachat.terminal.interrupts import left_at_once
-    from llamachat.terminal.progress import Status, download_progress
+    from llamachat.terminal.progress import Status
     from llamachat.terminal.results import last_of, show_result
 
     request = Request(
@@ -79,10 +83,12 @@ def evaluate(
     )
     notices, status = Notices(quiet=quiet), Status(quiet=quiet)
     document = question.document(text, notices)
-    with download_progress(quiet=quiet) as progress:
-        resolve(model, notice=notices, progress=progress)
-        if request.reference is not None:
-            resolve(request.reference, notice=notices, progress=progress)
+    door = Door(notices, flags=("--ctx-size", "--quantize"), force=force)
+    wanted = Wanted(ctx_size, quantize, backend=backend, dtype=dtype, kv_cache=kv_cache)
+    door.prepare(model, wanted)
+    if request.reference is not None:
+        door.prepare(request.reference, Wanted(ctx_size, "none", kv_cache="f32"))
+    request = replace(request, force=door.force)
     with left_at_once():
         from llamachat.measure.scoring import score
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from llamachat.cli.flags import (
+    CtxSize,
+    Device,
     Json,
+    KvCache,
     Name,
-    Number,
     Offline,
     Quantize,
     Quiet,
     Revision,
     TokenFile,
-    option,
 )
 
 
 def fit(
     model: Name,
     *,
-    ctx_size: Annotated[
-        Number,
-        option("--ctx-size", "-c", metavar="N", minimum=1, help="Context [default: the model's]."),
-    ] = None,
+    ctx_size: CtxSize = None,
     quantize: Quantize = "auto",
+    kv_cache: KvCache = "auto",
+    device: Device = "auto",
     json: Json = False,
     offline: Offline = False,
     revision: Revision = None,
@@ -35,7 +33,7 @@ def fit(
 
     The exit code is 5 if it will not.
     """
-    from llamachat.library.fit import examine
+    from llamachat.library.fit import Wanted, examine
     from llamachat.terminal import fitting
     from llamachat.terminal.failure import Notices
     from llamachat.terminal.question import token
@@ -43,8 +41,7 @@ def fit(
     notices = Notices(quiet=quiet)
     found = examine(
         model,
-        ctx_size=ctx_size,
-        quantize=quantize,
+        Wanted(ctx_size, quantize, device, kv_cache=kv_cache),
         revision=revision,
         token=token(hf_token_file, notices),
         offline=offline,

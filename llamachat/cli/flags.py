@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from llamachat.cli import completion
+from llamachat.cli.configured import configure, sources_of, without_weaker
+
 if TYPE_CHECKING:
+    from llamachat.chat.sources import Source
     from llamachat.terminal.failure import Notices
     from llamachat.terminal.opening import Run
 
@@ -20,20 +24,43 @@ def option(
     metavar: str | None = None,
     minimum: int | None = None,
     maximum: int | None = None,
+    variable: str | None = None,
+    complete: Callable[[str], Iterable[str]] | None = None,
+    decide: Callable[..., Any] | None = None,
 ) -> Any:
-    """An option whose help is one line. The variable that sets it is told once, for all."""
+    """An option whose help is one line. The variable that sets it is told once, for all.
+
+    Args:
+        names: as they are typed.
+        help: the line.
+        metavar: what stands for its value.
+        minimum: that its number may be.
+        maximum: that its number may be.
+        variable: that sets it, where that is not named as the option.
+        complete: what may stand for the beginning of a value.
+        decide: is told its value before those of all others are known.
+    """
     return typer.Option(
         *names,
         help=help,
         metavar=metavar,
         min=minimum,
         max=maximum,
+        envvar=variable,
+        autocompletion=complete,
+        callback=decide,
+        is_eager=decide is not None,
         show_default=False,
         show_envvar=False,
     )
 
 
-Name = Annotated[str, typer.Argument(metavar="MODEL", help="Alias, org/name, or path.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Alias, org/name, or path.", autocompletion=completion.models
+    ),
+]
 Json = Annotated[bool, option("--json", help="JSON on stdout.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No notices on stderr.")]
 Verbose = Annotated[bool, option("--verbose", "-v", help="Statistics, and tracebacks.")]
@@ -60,7 +87,15 @@ Question = Annotated[
     Text, typer.Argument(metavar="PROMPT", help="The question.", show_envvar=False)
 ]
 ModelName = Annotated[
-    Text, option("--model", "-m", metavar="MODEL", help="Alias, org/name, or path.")
+    Text,
+    option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Alias, org/name, or path.",
+        complete=completion.models,
+        decide=configure,
+    ),
 ]
 Prompt = Annotated[Text, option("--prompt", "-p", metavar="TEXT", help="PROMPT as an option.")]
 Files = Annotated[
@@ -77,9 +112,22 @@ MaxNewTokens = Annotated[
 ]
 Template = Annotated[
     Text,
-    option("--template", metavar="NAME", help="Built-in template; none: plain completion."),
+    option(
+        "--template",
+        metavar="NAME",
+        help="Built-in template; none: plain completion.",
+        complete=completion.templates,
+    ),
 ]
 Stop = Annotated[Texts, option("--stop", metavar="TEXT", help="Ends a reply; repeatable.")]
+Overflow = Annotated[
+    str,
+    option(
+        "--overflow",
+        metavar="NAME",
+        help="When the context is full: trim (the oldest turns), error, summarize.",
+    ),
+]
 StopLoops = Annotated[
     int,
     option("--stop-loops", metavar="N", minimum=0, help="End what repeats N times; 0 is off."),
@@ -98,18 +146,68 @@ Threads = Annotated[
     Number, option("--threads", "-t", metavar="N", minimum=1, help="[default: physical cores]")
 ]
 Backend = Annotated[
-    str, option("--backend", metavar="NAME", help="auto, native, cuda, reference, bitsandbytes.")
+    str,
+    option(
+        "--backend",
+        metavar="NAME",
+        help="auto, native, cuda, reference, bitsandbytes.",
+        complete=completion.choices("backend"),
+    ),
 ]
-Dtype = Annotated[str, option("--dtype", metavar="NAME", help="auto, float32, bfloat16.")]
+Dtype = Annotated[
+    str,
+    option(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, bfloat16.",
+        complete=completion.choices("dtype"),
+    ),
+]
 Quantize = Annotated[
-    str, option("--quantize", metavar="FORM", help="auto, none, int8, int4, nf4, fp4, llm-int8.")
+    str,
+    option(
+        "--quantize",
+        metavar="FORM",
+        help="auto, none, int8, int4, nf4, fp4, llm-int8.",
+        complete=completion.choices("quantize"),
+    ),
 ]
-KvCache = Annotated[str, option("--kv-cache", metavar="NAME", help="auto, f32, bf16, int8.")]
+KvCache = Annotated[
+    str,
+    option(
+        "--kv-cache",
+        metavar="NAME",
+        help="auto, f32, bf16, int8.",
+        complete=completion.choices("kv_cache"),
+    ),
+]
+Color = Annotated[
+    str,
+    option(
+        "--color",
+        metavar="WHEN",
+        help="auto, always, never.",
+        complete=completion.choices("color"),
+    ),
+]
+Output = Annotated[
+    File,
+    option("--output", "-o", metavar="FILE", help="The answer goes there, once it is whole."),
+]
+Stream = Annotated[
+    Optional[bool],  # noqa: UP045
+    option("--stream/--no-stream", help="Text as it comes [default], or not."),
+]
 
 # How the next token is chosen.
 Strategy = Annotated[
     Text,
-    option("--strategy", metavar="NAME", help="greedy, random, top-k[:40], top-p[:0.9], beam[:4]."),
+    option(
+        "--strategy",
+        metavar="NAME",
+        help="greedy, random, top-k[:40], top-p[:0.9], beam[:4].",
+        complete=completion.strategies,
+    ),
 ]
 Temperature = Annotated[
     Fraction, option("--temperature", "--temp", metavar="T", help="0 is greedy.")
@@ -187,42 +285,77 @@ With = Annotated[
     option(
         "--with",
         metavar="SPEC",
+        variable="LLAMACHAT_COMPARE_WITH",
+        complete=completion.specs,
         help="One way to answer: greedy, beam:4, top-p:0.9,seed=7,quantize=int4; repeatable.",
     ),
 ]
+Session = Annotated[
+    Text, option("--session", metavar="NAME", help="Go on with this conversation, or begin it.")
+]
+Continue = Annotated[
+    bool,
+    option(
+        "--continue",
+        "-C",
+        help="Go on with the last conversation.",
+        variable="LLAMACHAT_CHAT_CONTINUE",
+    ),
+]
+NoSave = Annotated[bool, option("--no-save", help="Do not keep the conversation on disk.")]
 Seed = Annotated[Number, option("--seed", metavar="N", help="Of every draw [default: drawn].")]
 
 
 def run_of(flags: Mapping[str, Any], notices: Notices) -> Run:
-    """What the flags of a command that answers say: its parameters, by their names.
+    """What a command that answers was told: its parameters, by their names.
+
+    Args:
+        flags: each of them, and `context`, which knows who said it.
+        notices: told what the user should know.
 
     Raises:
         UsageError: one of them cannot be read.
     """
-    from llamachat.chat.options import Said, parse_bias, parse_samplers
+    from llamachat import settings
+    from llamachat.chat.sources import settle
     from llamachat.terminal import question
     from llamachat.terminal.opening import Run
+
+    settings.choose_color(flags["color"])
+    sources = sources_of(flags)
+    flags = without_weaker(flags, sources, "system", "system_file")
+    settled = settle([_words(source) for source in sources])
+    told = {name: origin for source in sources[::-1] for name, (_, origin) in source.items()}
+    plain = {field.name: flags.get(field.name) for field in fields(Run)}
+    read = {
+        "said": settled.said,
+        "layers": settled.layers,
+        "origins": {**told, **settled.origins},
+        "system": question.system_message(flags["system"], flags["system_file"], notices),
+        "lora": tuple(flags["lora"] or ()),
+        "stop": tuple(question.valid(text, "--stop", notices) for text in flags["stop"] or ()),
+        "logprobs": flags.get("logprobs", 0),
+        "speculate": flags.get("speculate", 0),
+        "overflow": flags.get("overflow", "trim"),
+        "token": question.token(flags["hf_token_file"], notices),
+        "notices": notices,
+    }
+    return Run(**{**plain, **read})
+
+
+def _words(source: Source) -> Source:
+    """What a source says about decoding, as `Said` has it."""
+    from llamachat.chat.options import Said, parse_bias, parse_samplers
 
     parsers: Mapping[str, Callable[[Any], Any]] = {
         "samplers": parse_samplers,
         "logit_bias": parse_bias,
         "bad_words": tuple,
     }
-    words = {**flags, "bad_words": flags["bad_word"]}
-    said: dict[str, Any] = {
-        field.name: parsers.get(field.name, lambda word: word)(words[field.name])
+    named = {"bad_words" if name == "bad_word" else name: it for name, it in source.items()}
+    return {
+        field.name: (parsers.get(field.name, lambda word: word)(value), origin)
         for field in fields(Said)
-        if words.get(field.name) not in (None, [])
+        for value, origin in [named.get(field.name, (None, ""))]
+        if value not in (None, [])
     }
-    plain = {field.name: flags.get(field.name) for field in fields(Run)}
-    read = {
-        "said": Said(**said),
-        "system": question.system_message(flags["system"], flags["system_file"], notices),
-        "lora": tuple(flags["lora"] or ()),
-        "stop": tuple(question.valid(text, "--stop", notices) for text in flags["stop"] or ()),
-        "logprobs": flags.get("logprobs", 0),
-        "speculate": flags.get("speculate", 0),
-        "token": question.token(flags["hf_token_file"], notices),
-        "notices": notices,
-    }
-    return Run(**{**plain, **read})

@@ -29,17 +29,16 @@ def merge(
     The folder's path goes to stdout.
     """
     from llamachat.errors import UsageError
-    from llamachat.library.store import resolve
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.fetching import Door
     from llamachat.terminal.output import write
-    from llamachat.terminal.progress import download_progress, quantizing_progress
+    from llamachat.terminal.progress import quantizing_progress
 
     rows = next((known for known in ("mean", "zero") if known == new_rows), None)
     if new_rows is not None and rows is None:
         raise UsageError(f"--new-rows is {new_rows!r}, expected one of mean, zero")
     notices = Notices(quiet=quiet)
-    with download_progress(quiet=quiet) as progress:
-        located = resolve(base, offline=offline, notice=notices, progress=progress)
+    located = Door(notices, offline=offline).fetch(base, None)  # one weight in memory at a time
     with quantizing_progress(quiet=quiet, doing="merging") as told:
         from llamachat.loading.merging import merge
 

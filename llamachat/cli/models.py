@@ -24,28 +24,22 @@ def pull(
     quiet: Quiet = False,
 ) -> None:
     """Download and verify a model. What is on disk is not fetched again."""
-    from functools import partial
-
-    from llamachat.library.store import resolve
+    from llamachat.library.fit import Wanted
     from llamachat.terminal.failure import Notices
-    from llamachat.terminal.fitting import consult
+    from llamachat.terminal.fetching import Door
     from llamachat.terminal.output import write
-    from llamachat.terminal.progress import download_progress
     from llamachat.terminal.question import token
 
     notices = Notices(quiet=quiet)
-    with download_progress(quiet=quiet) as progress:
-        located = resolve(
-            model,
-            revision=revision,
-            token=token(hf_token_file, notices),
-            offline=offline,
-            force=force,
-            whole=False,
-            approve=partial(consult, force=force, notices=notices),
-            notice=notices,
-            progress=progress,
-        )
+    door = Door(
+        notices,
+        flags=(),
+        force=force,
+        revision=revision,
+        token=token(hf_token_file, notices),
+        offline=offline,
+    )
+    located = door.fetch(model, Wanted(), again=force, whole=False)
     write(f"{located.path}\n")
 
 

@@ -39,24 +39,17 @@ def quantize(
 
     Stopped, it goes on where it was. The folder's path goes to stdout, or with --report the report.
     """
-    from llamachat.library.store import resolve
     from llamachat.terminal.failure import Notices
+    from llamachat.terminal.fetching import Door
     from llamachat.terminal.interrupts import left_at_once
     from llamachat.terminal.losses import show_report
     from llamachat.terminal.output import write
-    from llamachat.terminal.progress import download_progress, quantizing_progress
+    from llamachat.terminal.progress import quantizing_progress
     from llamachat.terminal.question import token
 
     notices = Notices(quiet=quiet)
-    with download_progress(quiet=quiet) as progress:
-        located = resolve(
-            model,
-            revision=revision,
-            token=token(hf_token_file, notices),
-            offline=offline,
-            notice=notices,
-            progress=progress,
-        )
+    door = Door(notices, revision=revision, token=token(hf_token_file, notices), offline=offline)
+    located = door.fetch(model, None)  # one weight is in memory at a time
     with left_at_once(), quantizing_progress(quiet=quiet) as told:  # what is done is kept
         from llamachat.measure import quantizing
 

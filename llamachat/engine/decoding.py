@@ -99,7 +99,8 @@ class Choice:
 
     Attributes:
         tokens: (N,); N is B unless rows compete.
-        parents: (N,) the row that each goes on from; None: its own.
+        parents: (N,) the row that each goes on from. None: its own, and unless the reply is over
+            each token is run next.
         scores: (N,) log-probability of each candidate's whole reply.
         logprobs: (B, V) of what was chosen from, after penalties and filters; -inf for what they
             removed. There if `Start.logprobs` asked for it.
@@ -202,3 +203,15 @@ def check_one_row(decoding: Decoding, *, draft: int = 0, logprobs: int = 0) -> N
                 f"{name} and beams (--num-beams) contradict each other",
                 hint="leave one of them out",
             )
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse a prompt that a model cannot run.
+
+    Raises:
+        UsageError: it has no tokens, or some that are not in the vocabulary.
+    """
+    if not ids:
+        raise UsageError("there is nothing to run: the prompt has no tokens")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise UsageError(f"ids {min(ids)} to {max(ids)} are not all in 0 to {vocab_size - 1}")

@@ -14,7 +14,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from llamachat.engine.decoding import Commit, Decoding, Start, check_one_row
+from llamachat.engine.decoding import Commit, Decoding, Start, check_ids, check_one_row
 from llamachat.engine.draft import Drafts
 from llamachat.engine.events import EngineEvent, Prefill
 from llamachat.engine.probabilities import check_count
@@ -64,6 +64,8 @@ class Engine:
         self._n_ids = n_ids or decoder.config.vocab_size
         self._chunk = chunk
         self._device = decoder.kernels.device
+        # With a prefix, where a token stands may depend on which it is.
+        self._queues = decoder.kernels.queues and decoder.config.prefix is None
         self._cache = decoder.new_cache(ctx_size, kv_cache)
         self._slots = SlotTable(ctx_size)
 
@@ -75,6 +77,11 @@ class Engine:
     def clear(self) -> None:
         """Forget what the cache holds."""
         self._slots = SlotTable(self.ctx_size)
+
+    def close(self) -> None:
+        """Let go of weights and cache: there are no replies any more."""
+        self.clear()
+        del self.decoder, self._cache
 
     def bytes_per_token(self, depth: int) -> int:
         """What one step of decoding reads of memory at `depth` tokens of context."""
@@ -195,10 +202,15 @@ class Engine:
         logits = yield from self._prefill(reply.start.prompt)
         try:
             while not reply.is_over:
-                yield from reply.choose(logits)
+                chosen = reply.choose(logits)
+                ahead = self._ahead(chosen, reply, drafts)
+                yield from reply.accept()
                 if reply.is_over or len(reply.commit.rows) > self._slots.n_free:
                     break
-                logits = self._step(reply.commit, drafts, room=reply.left - 1)
+                if ahead is None:
+                    logits = self._step(reply.commit, drafts, room=reply.left - 1)
+                else:
+                    logits = self._taken(ahead, [0], reply.commit.ids)
         except KeyboardInterrupt:
             yield from reply.rest()
             raise
@@ -217,7 +229,8 @@ class Engine:
             while following:
                 for i, of_its_rows in following.items():
                     if not replies[i].is_over:
-                        yield from indexed(i, replies[i].choose(of_its_rows))
+                        replies[i].choose(of_its_rows)
+                        yield from indexed(i, replies[i].accept())
                     if replies[i].is_over:
                         rows[i] = [self._row_like(replies[i].ids, rows[i])]
                         yield from indexed(i, replies[i].end())
@@ -255,6 +268,15 @@ class Engine:
         while start < len(ids):
             yield start, min(end, len(ids))
             start, end = end, end + self._chunk
+
+    def _ahead(self, chosen: Tensor | None, reply: Running, drafts: Drafts) -> Tensor | None:
+        """The pass after a choice, queued before the host knows it: of a GPU it hides the host.
+
+        Its slot is not taken yet: if the reply is over, the next pass overwrites it.
+        """
+        if chosen is None or not self._queues or reply.left <= 1 or drafts.speculation is not None:
+            return None
+        return self._pass([0], chosen, wanted=1)
 
     def _step(self, commit: Commit, drafts: Drafts, room: int) -> Tensor:
         """Logits (B, V) after what was chosen, a row for each branch that has a token."""
@@ -299,49 +321,49 @@ class Engine:
         """The logits (1, V) that follow `token`: of the pass that ran it ahead, or of a new one."""
         logits = drafts.take(token)
         if logits is None:
-            draft = drafts.propose(room)
-            n = 1 + len(draft)
-            passed = self._pass([0] * n, [token, *draft], wanted=n)
+            ids = [token, *drafts.propose(room)]
+            passed = self._pass([0] * len(ids), ids, wanted=len(ids))
             logits = passed[:1]
-            drafts.ran(draft, passed[1:])
-        with self._all_or_nothing():  # a draft's slots are taken one by one, as it is chosen
-            self._slots.append([0], [token])
-        return logits
+            drafts.ran(ids[1:], passed[1:])
+        return self._taken(logits, [0], [token])  # a draft's slots are one by one, as it is chosen
 
     def _run(self, rows: Sequence[int], ids: Sequence[int], *, wanted: int) -> Tensor:
         """The logits (wanted, V) of the last of the next ids of `rows`, whose slots are taken."""
-        logits = self._pass(rows, ids, wanted=wanted)
+        return self._taken(self._pass(rows, ids, wanted=wanted), rows, ids)
+
+    def _taken(self, logits: Tensor, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
+        """The logits of a pass, whose slots are taken now."""
         with self._all_or_nothing():
             self._slots.append(rows, ids)
         return logits
 
-    def _pass(self, rows: Sequence[int], ids: Sequence[int], *, wanted: int) -> Tensor:
-        """The same, but the slots are not taken yet."""
+    def _pass(self, rows: Sequence[int], ids: Sequence[int] | Tensor, *, wanted: int) -> Tensor:
+        """The same, but the slots are not taken yet; `ids` may be on the device still."""
         batch = self._batch(self._slots, rows, ids, wanted)
         return self.decoder(batch, self._cache)[:, : self._n_ids]
 
     def _batch(
-        self, slots: SlotTable, rows: Sequence[int], ids: Sequence[int], wanted: int
+        self, slots: SlotTable, rows: Sequence[int], ids: Sequence[int] | Tensor, wanted: int
     ) -> Batch:
         """A pass over the next `ids`, each of its row; the logits of the last ones are wanted."""
         at, new = slots.reserve(rows)
+        known = [0] * len(rows) if isinstance(ids, Tensor) else ids
 
         def of_first() -> list[int]:
-            new = (token for row, token in zip(rows, ids, strict=True) if row == rows[0])
+            new = (token for row, token in zip(rows, known, strict=True) if row == rows[0])
             return [*slots.ids(rows[0]), *new]
 
         places = self.decoder.places(of_first, at)
-        lists = [ids, rows, new, places.seen, *places.positions]
-        whole = torch.tensor(lists, dtype=torch.int32)  # one for all
-        id_, row, slot, seen, *position = whole.unbind()
+        lists = [known, rows, new, places.seen, *places.positions]
+        id_, row, slot, seen, *position = torch.tensor(lists, dtype=torch.int32).unbind()
         return Batch(
-            ids=id_,
+            ids=ids if isinstance(ids, Tensor) else id_,
             row=row,
             slot=slot,
             seen=seen,
             position=position[0] if len(position) == 1 else torch.stack(position, dim=-1),
             table=slots.table,
-            wanted=torch.arange(len(ids) - wanted, len(ids), dtype=torch.int32),
+            wanted=torch.arange(len(rows) - wanted, len(rows), dtype=torch.int32),
         )
 
     def _keep_row_of(self, ids: Sequence[int]) -> None:
@@ -373,8 +395,6 @@ class Engine:
         return self.ctx_size - len(ids) + 1
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise UsageError("there is nothing to run: the prompt has no tokens")
-        rows = self.decoder.config.vocab_size
-        if not 0 <= min(ids) <= max(ids) < rows:
-            raise UsageError(f"ids {min(ids)} to {max(ids)} are not all in 0 to {rows - 1}")
+        if not hasattr(self, "decoder"):
+            raise UsageError("the model is not loaded any more")
+        check_ids(ids, self.decoder.config.vocab_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -11,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llamachat.engine.arriving import Arriving, check_numbers
 from llamachat.engine.decoding import Branch, Choice, Commit, Decoding, Start
 from llamachat.engine.events import Done, Probabilities, Speculation, Tails, Token
 from llamachat.engine.loops import LoopDetector
 from llamachat.engine.probabilities import probabilities
-from llamachat.errors import DamagedFileError
 
 E = TypeVar("E")
 
@@ -58,6 +57,9 @@ class Running:
         self._scores = Scores() if scored else None
         self._n_chosen = 0
         self._n_given = start.continued
+        self._arriving: Arriving | None = None
+        device = torch.device(start.device)
+        self._beside = None if device.type == "cpu" else torch.Stream(device)
 
     @property
     def left(self) -> int:
@@ -77,10 +79,27 @@ class Running:
         said = self._strategy.finish().ids[self.start.continued :]
         return [*self.start.prompt, *said]
 
-    def choose(self, logits: Tensor) -> Iterator[Token | Tails]:
-        """Take a step, by logits (B, V) of its rows."""
-        choice = self._choice(logits)
-        self.commit = commit = self._strategy.accept(choice)
+    @torch.inference_mode()  # without it 1.4 times slower: some fifty small operations
+    def choose(self, logits: Tensor) -> Tensor | None:
+        """Choose by logits (B, V) of its rows, without waiting for a GPU.
+
+        Returns:
+            The tokens (B,) that are run next, unless it is over; None: `accept` tells.
+        """
+        step = torch.tensor(self.start.continued + self._n_chosen)
+        if logits.is_cpu:
+            check_numbers(logits.amax())
+        choice = self._strategy.choose(logits, step)
+        self._arriving = Arriving(logits, choice, self._beside)
+        return choice.tokens if choice.parents is None else None
+
+    def accept(self) -> Iterator[Token | Tails]:
+        """Take the step that was chosen.
+
+        Raises:
+            DamagedFileError: the logits are not numbers.
+        """
+        self.commit = commit = self._strategy.accept(self._arrived())
         self._n_chosen += 1
         yield from self._given(commit.ids)
         self._looped = not commit.done and any(map(self._loops_with, commit.ids))
@@ -90,18 +109,15 @@ class Running:
         if commit.tails and not self.is_over:
             yield Tails(commit.tails)
 
-    @torch.inference_mode()  # without it 1.4 times slower: some fifty small operations
-    def _choice(self, logits: Tensor) -> Choice:
-        step = torch.tensor(self.start.continued + self._n_chosen)
-        if logits.is_cpu:
-            _check_numbers(logits)
-        choice = self._strategy.choose(logits, step)
-        if not logits.is_cpu:  # once the choice is under way, so that a GPU is waited for once
-            _check_numbers(logits)
+    @torch.inference_mode()
+    def _arrived(self) -> Choice:
+        assert self._arriving is not None
+        choice, logits = self._arriving.choice, self._arriving.logits
+        arrived = self._arriving.get()
         self._known = probabilities(logits, choice, self._logprobs)
         if self._scores is not None:
             self._scores.add(logits, choice)
-        return choice
+        return arrived
 
     def rest(self) -> Iterator[Token]:
         """What it held back, if it ends here."""
@@ -123,11 +139,6 @@ class Running:
 
     def _loops_with(self, token: int) -> bool:
         return self._loops is not None and self._loops.add(token)
-
-
-def _check_numbers(logits: Tensor) -> None:
-    if not math.isfinite(logits.amax().item()):  # of NaN and anything, amax is NaN
-        raise DamagedFileError("the model's logits are not numbers: its weights are damaged")
 
 
 class Scores:

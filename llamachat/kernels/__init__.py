@@ -34,7 +34,8 @@ class Batch:
     It is made on the host; a backend brings it to where it computes.
 
     Attributes:
-        ids: (T,) token ids.
+        ids: (T,) token ids; on the device already, of any integer type, where they were chosen
+            there and the host has not read them (`Kernels.queues`).
         row: (T,) the row each token belongs to.
         slot: (T,) the cache slot its key and value go to.
         seen: (T,) how many entries of its row's table it attends to (causal: position + 1).
@@ -54,7 +55,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
-        if self.ids.device == device:
+        if self.ids.device == self.table.device == device:
             return self
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
@@ -92,6 +93,11 @@ class Kernels(Protocol):
         """Where weights are, and logits will be."""
         ...
 
+    @property
+    def queues(self) -> bool:
+        """Whether `run` comes back before the pass is over, and takes ids that are on the way."""
+        ...
+
     def pack(
         self,
         parts: Sequence[Tensor | QTensor],
@@ -104,6 +110,10 @@ class Kernels(Protocol):
 
         `gated`: the parts are gate and up of a SwiGLU; `lookup`: `embed` will read it too.
         """
+        ...
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """What was read of a file, where it is worked on before it is packed."""
         ...
 
     def quantize(self, weight: Tensor, form: Form) -> QTensor:

@@ -43,12 +43,18 @@ class Backend:
     @property
     def gpu(self) -> int | None:
         """The number of the GPU, or None."""
-        return int(self.device.partition(":")[2]) if self.name == "cuda" else None
+        return gpu_of(self.device)
 
     @property
     def is_packed(self) -> bool:
         """Whether it multiplies weights in the form that they come in."""
         return self.name in ("native", "cuda")
+
+
+def gpu_of(device: str) -> int | None:
+    """The number of a GPU by its name, "cuda:N"; None for others."""
+    kind, _, index = device.partition(":")
+    return int(index or 0) if kind == "cuda" else None
 
 
 def choose(asked: str = "auto", device: str = "cpu") -> Backend:
@@ -67,22 +73,24 @@ def choose(asked: str = "auto", device: str = "cpu") -> Backend:
         raise UsageError(f"device is {device!r}, expected one of auto, cpu, cuda, cuda:N")
     if device.startswith("cuda") or asked == "cuda":
         return _on_gpu(asked, device)
-    if device == "auto" and asked == "auto" and not _lacking(0):
+    if device == "auto" and asked == "auto" and not lacking(0):
         return _on_gpu(asked, "cuda:0")
     return _on_cpu(asked)
 
 
 def _on_gpu(asked: str, device: str) -> Backend:
-    if asked not in ("auto", "cuda") or device == "cpu":
+    if asked not in ("auto", "cuda", "bitsandbytes") or device == "cpu":
         raise UsageError(f"the backend {asked} does not run on the device {device}")
     named = _CUDA.fullmatch(device)
     index = int(named[1] or 0) if named else 0
-    if lacking := _lacking(index):
-        raise UsageError(f"no CUDA device: {lacking}", hint="--device cpu runs without one")
+    if missing := lacking(index):
+        raise UsageError(f"no CUDA device: {missing}", hint="--device cpu runs without one")
+    if asked == "bitsandbytes":
+        return _bitsandbytes(f"cuda:{index}")
     return Backend("cuda", f"{hardware.gpus()[index].name}", device=f"cuda:{index}")
 
 
-def _lacking(index: int) -> str | None:
+def lacking(index: int) -> str | None:
     """What GPU number `index` cannot be used for the lack of, or None."""
     gpus = hardware.gpus()
     if not gpus:
@@ -111,10 +119,7 @@ def _on_cpu(asked: str) -> Backend:
     if asked == "reference":
         return Backend("reference", "asked for: torch, weights unpacked")
     if asked == "bitsandbytes":
-        from llamachat.kernels.bnb import library
-
-        library()
-        return Backend("bitsandbytes", "asked for: its own modules, other weights unpacked")
+        return _bitsandbytes("cpu")
     from llamachat.kernels.abi import instruction_sets
 
     try:
@@ -131,6 +136,14 @@ def _on_cpu(asked: str) -> Backend:
             hint="install llamachat again where a C++ compiler and cmake are, or --backend auto",
         )
     return Backend("reference", f"torch, weights unpacked; native kernels: {missing}", missing)
+
+
+def _bitsandbytes(device: str) -> Backend:
+    from llamachat.kernels.bnb import library
+
+    library()
+    reason = "asked for: its own modules, other weights unpacked"
+    return Backend("bitsandbytes", reason, device=device)
 
 
 def make(backend: Backend, threads: int, dtype: torch.dtype) -> Kernels:
@@ -154,7 +167,7 @@ def make(backend: Backend, threads: int, dtype: torch.dtype) -> Kernels:
     if backend.name == "bitsandbytes":
         from llamachat.kernels.bnb import BitsAndBytes
 
-        return BitsAndBytes("cpu", dtype)
+        return BitsAndBytes(backend.device, dtype)
     from llamachat.kernels.reference import Reference
 
     return Reference("cpu", dtype)

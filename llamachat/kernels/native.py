@@ -72,6 +72,7 @@ class Native:
     """
 
     name = "native"
+    queues = False
 
     def __init__(self, threads: int, isa: str | None = None) -> None:
         """Start the threads.
@@ -116,6 +117,10 @@ class Native:
             gated=gated,
         )
         return Weight(struct, packed, structs, bias, rows)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Where it is: on the host."""
+        return tensor
 
     def quantize(self, weight: Tensor, form: Form) -> QTensor:
         """On all threads, or by bitsandbytes; the same codes whatever their number."""

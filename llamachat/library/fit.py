@@ -5,6 +5,7 @@ On the Hub the list of files, the config and the first kilobytes of one file of 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import Literal
 from llamachat import hardware, settings
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import UsageError
-from llamachat.kernels.backends import choose
+from llamachat.kernels.backends import Backend, choose, lacking
 from llamachat.library import Notice, catalog, store
 from llamachat.library.forecast import (
+    CACHE_BYTES,
     GPU_CONTEXT,
     LEAST_CONTEXT,
+    MEMORY_SHARE,
     Forecast,
     Source,
     Way,
@@ -34,6 +37,32 @@ from llamachat.quant.form import FORM_NAMES
 Verdict = Literal["fits", "tight", "no"]
 TIGHT_SHARE = 0.9  # of the memory that is free
 _GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How a model shall be run, in the words of `load`.
+
+    Raises:
+        UsageError: one of them is not known. Of backend and device `choose` knows.
+    """
+
+    ctx_size: int | None = None
+    quantize: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+    dtype: str = "auto"
+    kv_cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("quantize", self.quantize, ("none", *FORM_NAMES)),
+            ("dtype", self.dtype, ("float32", "bfloat16")),
+            ("kv_cache", self.kv_cache, tuple(CACHE_BYTES)),
+        ):
+            if value not in ("auto", *allowed):
+                expected = ", ".join(("auto", *allowed))
+                raise UsageError(f"{name} is {value!r}, expected one of {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +90,31 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device: bytes of memory in all and free, and what each form comes to there."""
+    """One device, and what each form comes to there.
 
+    Attributes:
+        id: "cpu", or "cuda:N".
+        name: as people know it.
+        total_bytes: its memory.
+        free_bytes: what of that is free.
+        choices: the forms, the file's own first.
+        best: of them what was asked for, else what `load` would take.
+    """
+
+    id: str
     name: str
     total_bytes: int
     free_bytes: int
     choices: tuple[Choice, ...]
+    best: Choice
+
+    @property
+    def n_needed(self) -> int:
+        """How many such devices would hold the best choice together; 0 where none has room."""
+        resident = 0 if self.id == "cpu" else hardware.CUDA_CONTEXT_BYTES
+        room = int((self.free_bytes - resident) * MEMORY_SHARE)
+        needed = self.best.forecast.running_bytes(self.best.ctx_size)
+        return math.ceil(needed / room) if room > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +140,19 @@ class Fit:
         source: its architecture and form.
         disk: for what is not on disk yet.
         devices: the CPU first.
-        best: on the CPU: what was asked for, else what `load` would take.
+        device: of them the one that was asked for, else the one that `load` would take.
     """
 
     name: str
     source: Source
     disk: Disk
     devices: tuple[Device, ...]
-    best: Choice
+    device: Device
+
+    @property
+    def best(self) -> Choice:
+        """The best choice on the device."""
+        return self.device.best
 
     @property
     def verdict(self) -> Verdict:
@@ -109,29 +162,29 @@ class Fit:
 
 def examine(
     name: str,
+    wanted: Wanted | None = None,
     *,
-    ctx_size: int | None = None,
-    quantize: str = "auto",
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
     notice: Notice = lambda _message: None,
 ) -> Fit:
-    """Forecast memory, disk and speed of a model.
+    """Forecast memory, disk and speed of a model, on the CPU and each GPU that can be used.
 
     Args:
         name: an alias, a Hub repository, or a path.
-        ctx_size: tokens of context; default the model's own, or as many as fit.
-        quantize: "auto", "none", or a form.
+        wanted: how it shall be run; default as `load` has it.
         revision: of a Hub repository.
         token: for the Hub.
         offline: look on disk only.
         notice: told, in one line, what is waited for.
 
     Raises:
-        UsageError: a form or a context that the model does not take.
+        UsageError: a form, a context or a device that cannot be had.
         LlamachatError: it is unknown, may not be had, or is damaged.
     """
+    wanted = wanted or Wanted()
+    backends = _backends(wanted)
     catalog.check_is_whole(store.expanded(name))
     if found := store.locate(name, revision=revision):
         source, to_fetch = source_of(open_checkpoint(found.path)), 0
@@ -139,30 +192,39 @@ def examine(
         source, to_fetch = remote_source(
             name, revision=revision, token=token, offline=offline, notice=notice
         )
-    return _examined(name, source, to_fetch, ctx_size, quantize)
+    gpus = range(len(hardware.gpus()))
+    usable = [choose("cuda", f"cuda:{index}") for index in gpus if not lacking(index)]
+    return _examined(name, source, to_fetch, wanted, [*backends, *usable])
 
 
-def examine_repository(
-    repository: Repository, *, ctx_size: int | None = None, quantize: str = "auto"
-) -> Fit:
-    """The same of what the Hub has."""
+def examine_repository(repository: Repository, wanted: Wanted) -> Fit:
+    """The same of what the Hub has, on the CPU and the device that is meant."""
+    backends = _backends(wanted)
     source, to_fetch = repository_source(repository), repository.missing_bytes()
-    return _examined(str(repository.name), source, to_fetch, ctx_size, quantize)
+    return _examined(str(repository.name), source, to_fetch, wanted, backends)
 
 
-def _examined(name: str, source: Source, to_fetch: int, ctx_size: int | None, quantize: str) -> Fit:
-    if quantize not in ("auto", "none", *FORM_NAMES):
-        raise UsageError(f"quantize is {quantize!r}, expected auto, none, {', '.join(FORM_NAMES)}")
+def _backends(wanted: Wanted) -> list[Backend]:
+    """What `load` would take, and what it would take on the CPU."""
+    chosen = choose(wanted.backend, wanted.device)
+    return [chosen] if chosen.gpu is None else [chosen, choose()]
+
+
+def _examined(
+    name: str, source: Source, to_fetch: int, wanted: Wanted, backends: Sequence[Backend]
+) -> Fit:
+    """On each device of `backends`, of which the first is the one that is meant."""
     limit = source.config.longest_context
-    if ctx_size is not None and not 0 < ctx_size <= limit:
-        raise UsageError(f"--ctx-size is {ctx_size}, the model takes 1 to {limit} tokens")
-    cpu = on_cpu(source, ctx_size, quantize)
+    if wanted.ctx_size is not None and not 0 < wanted.ctx_size <= limit:
+        raise UsageError(f"--ctx-size is {wanted.ctx_size}, the model takes 1 to {limit} tokens")
+    by_id = {backend.device: backend for backend in reversed(backends)}
+    devices = {id: on_device(source, wanted, by_id[id]) for id in sorted(by_id)}
     return Fit(
         name=name,
         source=source,
         disk=_disk(to_fetch),
-        devices=(cpu, *(_on_gpu(source, ctx_size, index) for index in range(len(hardware.gpus())))),
-        best=best_of(source, cpu.choices, quantize),
+        devices=tuple(devices.values()),
+        device=devices[backends[0].device],
     )
 
 
@@ -199,49 +261,47 @@ def judge(
     )
 
 
-def on_cpu(source: Source, ctx_size: int | None, quantize: str) -> Device:
-    """The CPU and what each form comes to there, the file's own first."""
-    total, free = hardware.memory_bytes()
-    backend = choose().name
-    bandwidth = hardware.kept_bandwidth()
+def on_device(source: Source, wanted: Wanted, backend: Backend) -> Device:
+    """What each form comes to on the device of a backend, the file's own first."""
+    gpu, config = backend.gpu, source.config
+    total, free = hardware.memory_bytes() if gpu is None else hardware.gpu_memory_bytes(gpu)
+    processor = hardware.cpu_name() if gpu is None else hardware.gpus()[gpu].name
     choices = tuple(
         judge(
             source,
-            way_of(source, backend, form),
-            ctx_size=ctx_size,
+            way_of(source, backend.name, form, wanted),
+            ctx_size=wanted.ctx_size,
             free_bytes=free,
-            default_context=source.config.max_seq_len,
-            bandwidth=bandwidth,
+            default_context=config.max_seq_len
+            if gpu is None
+            else min(config.max_seq_len, GPU_CONTEXT),
+            bandwidth=hardware.kept_bandwidth(processor),
+            resident_bytes=None if gpu is None else hardware.CUDA_CONTEXT_BYTES,
         )
-        for form in _forms(source, quantize)
+        for form in _forms(source, wanted.quantize)
     )
-    return Device(f"CPU, {backend} kernels", total, free, choices)
-
-
-def _on_gpu(source: Source, ctx_size: int | None, index: int) -> Device:
-    total, free = hardware.gpu_memory_bytes(index)
-    choices = tuple(
-        judge(
-            source,
-            way_of(source, "cuda", form),
-            ctx_size=ctx_size,
-            free_bytes=free,
-            default_context=min(source.config.max_seq_len, GPU_CONTEXT),
-            resident_bytes=hardware.CUDA_CONTEXT_BYTES,
-        )
-        for form in _forms(source, "auto")
+    return Device(
+        id=backend.device,
+        name=f"CPU, {backend.name} kernels" if gpu is None else processor,
+        total_bytes=total,
+        free_bytes=free,
+        choices=choices,
+        best=best_of(source, choices, wanted, backend),
     )
-    return Device(hardware.gpus()[index].name, total, free, choices)
 
 
-def way_of(source: Source, backend: str, form: str) -> Way:
+def way_of(source: Source, backend: str, form: str, wanted: Wanted | None = None) -> Way:
     """How weights are run in a form."""
-    dtype = own_dtype(source.form, backend)
+    wanted = wanted or Wanted()
+    dtype = own_dtype(source.form, backend) if wanted.dtype == "auto" else wanted.dtype
     is_exact = form == "none" and dtype == "float32"
     recipe = weight_recipe(source.config, form) if form in FORM_NAMES and (
         form != source.form.lower()
     ) else None  # fmt: skip
-    return Way(backend, form, dtype, recipe, "f32" if is_exact else "bf16")
+    kv_cache = "f32" if is_exact else "bf16"
+    return Way(
+        backend, form, dtype, recipe, kv_cache if wanted.kv_cache == "auto" else wanted.kv_cache
+    )
 
 
 def _forms(source: Source, asked: str) -> Sequence[str]:
@@ -251,12 +311,16 @@ def _forms(source: Source, asked: str) -> Sequence[str]:
     return tuple(dict.fromkeys((own, "int8", "int4", "nf4", "none", *also)))
 
 
-def best_of(source: Source, choices: Sequence[Choice], asked: str) -> Choice:
+def best_of(source: Source, choices: Sequence[Choice], wanted: Wanted, backend: Backend) -> Choice:
     """What was asked for, else as `load` chooses: the file's own form, or int8, then int4."""
     named = {choice.quantize: choice for choice in choices}
-    if asked != "auto":
-        return named[asked]
-    first, second = named["int8" if source.is_float else source.form.lower()], named["int4"]
+    if wanted.quantize != "auto":
+        return named[wanted.quantize]
+    if backend.name == "reference" or (source.is_float and wanted.dtype != "auto"):
+        return named["none"]
+    if not source.is_float:
+        return named[source.form.lower()]
+    first, second = named["int8"], named["int4"]
     return second if first.verdict == "no" and second.verdict != "no" else first
 
 
@@ -279,10 +343,15 @@ def as_json(fit: Fit) -> Mapping[str, object]:
             "download_bytes": fit.disk.download_bytes,
             "free_bytes": fit.disk.free_bytes,
         },
+        "device": fit.device.id,
         "best": _choice_json(fit.best),
         "devices": [
             {
+                "id": device.id,
                 "name": device.name,
+                "verdict": device.best.verdict,
+                "best": device.best.quantize,
+                "n_needed": device.n_needed,
                 "total_bytes": device.total_bytes,
                 "free_bytes": device.free_bytes,
                 "choices": [_choice_json(choice) for choice in device.choices],

@@ -39,8 +39,9 @@ GGUF_BITS = {
 }  # fmt: skip
 FLOAT_BITS = {"F32": 32, "F16": 16, "BF16": 16, "float32": 32, "float16": 16, "bfloat16": 16}
 _WAIT = (".q_proj.", ".k_proj.", ".gate_proj.")  # for what is packed with them
-_UNPACKING = 3  # times the codes, while blocks are taken apart
+_UNPACKING = 3  # times the codes, while blocks are taken apart; whole bytes are copied
 _UNQUANTIZING_BYTES = 10  # of a quantized value that becomes a float
+_REQUANTIZING_BYTES = 6  # and of one that becomes a code again
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +212,12 @@ def _working_bytes(source: Source, way: Way, weight: WeightName, bits: float) ->
     if stored.is_float:
         reading = 2 * raw if source.is_copied else raw
     else:
-        reading = raw + own + _UNPACKING * n_values * (4 if stored.packed < 8 else 8) // 8
+        copies = 1 if stored.stored == stored.packed >= 8 else _UNPACKING
+        reading = raw + own + copies * n_values * (4 if stored.packed < 8 else 8) // 8
     changed = _n_bytes(weight, bits)
     if way.recipe and weight.hf in way.recipe.forms:
-        as_float32 = 0 if stored.stored == 32 else 4 * n_values
+        per_value = 4 if stored.is_float else _REQUANTIZING_BYTES
+        as_float32 = 0 if stored.stored == 32 else per_value * n_values
         return max(reading, own + as_float32 + changed)
     if way.quantize == "none" and not stored.is_float:
         return max(reading, own + int(_UNQUANTIZING_BYTES * n_values))

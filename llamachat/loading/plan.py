@@ -89,7 +89,7 @@ def make_plan(
     if quantize == "auto" and dtype != "auto" and checkpoint.form in FLOATS:
         quantize = "none"  # a type was named for weights that are floats
     if dtype == "auto":
-        dtype = own_dtype(checkpoint.form, backend.name)
+        dtype = own_dtype(checkpoint.form, backend.name if backend.gpu is None else "cuda")
     source = source_of(checkpoint)
     plan = Plan(checkpoint, backend, "none", None, dtype, kv_cache, ctx_size or 0, source)
     plan = _in_form(plan, quantize, notice)
@@ -167,12 +167,12 @@ def _kept(plan: Plan, notice: Notice) -> Plan:
 
 def _fitting(plan: Plan) -> int:
     """Tokens of context that memory leaves room for."""
-    return plan.forecast.fitting_context(_available_bytes(plan))
+    return plan.forecast.fitting_context(available_bytes(plan.backend))
 
 
-def _available_bytes(plan: Plan) -> int:
+def available_bytes(backend: Backend) -> int:
     """Of the memory that weights and cache are in."""
-    gpu = plan.backend.gpu
+    gpu = backend.gpu
     return (hardware.memory_bytes() if gpu is None else hardware.gpu_memory_bytes(gpu))[1]
 
 
@@ -188,22 +188,45 @@ def _context(plan: Plan, asked: int | None, notice: Notice, *, force: bool) -> i
     if force:
         fits = max(fits, asked or min(wanted, LEAST_CONTEXT))
     if fits < min(wanted, LEAST_CONTEXT) or (asked and fits < asked):
-        usable = _available_bytes(plan) * MEMORY_SHARE
-        found = plan.forecast
-        needed = (found.weight_bytes + found.context_bytes(wanted)) / GIB
         raise WillNotFitError(
-            f"needs {needed:.1f} GiB with {wanted} tokens of context, "
-            f"{usable / GIB:.1f} GiB of {'GPU ' if is_on_gpu else ''}memory "
-            "is to be had",
-            hint=f"--ctx-size {fits} would fit" if fits >= LEAST_CONTEXT else _smaller(plan),
+            _needs(plan, wanted, available_bytes(plan.backend)), hint=_fitting_hint(plan, fits)
         )
     if fits < wanted:
         notice(f"context: {fits} of {wanted} tokens, for memory; --ctx-size changes it")
     return min(wanted, fits)
 
 
-def _smaller(plan: Plan) -> str:
-    """What else may fit."""
+def out_of_memory(plan: Plan, available: int) -> WillNotFitError:
+    """What to say where the forecast was wrong, or was overruled, or others took the memory.
+
+    `available` bytes were to be had when loading began.
+    """
+    fits = plan.forecast.fitting_context(available)
+    is_expected = fits < plan.ctx_size
+    return WillNotFitError(
+        f"{plan.checkpoint.path}: out of memory: {_needs(plan, plan.ctx_size, available)}",
+        hint=_fitting_hint(plan, fits) if is_expected else "a smaller --ctx-size or --quantize",
+    )
+
+
+def _needs(plan: Plan, ctx_size: int, available: int) -> str:
+    """What is needed, and what there is."""
+    found = plan.forecast
+    needed = (found.weight_bytes + found.context_bytes(ctx_size)) / GIB
+    if plan.backend.gpu is None:
+        has = f"{available * MEMORY_SHARE / GIB:.1f} GiB of memory is to be had"
+    else:
+        has = (
+            f"{available * MEMORY_SHARE / GIB:.1f} GiB is to be had of the {available / GIB:.1f} "
+            f"GiB that are free on {plan.backend.device}"
+        )
+    return f"needs {needed:.1f} GiB with {ctx_size} tokens of context, {has}"
+
+
+def _fitting_hint(plan: Plan, ctx_size: int) -> str:
+    """What would fit: that much context, or another form."""
+    if ctx_size >= LEAST_CONTEXT:
+        return f"--ctx-size {ctx_size} would fit"
     if plan.backend.is_packed and plan.quantize in ("none", "int8"):
         fits = _fitting(_quantized(plan, "int4")) >= LEAST_CONTEXT
         return "--quantize int4 would fit" if fits else "take a smaller model"

@@ -9,16 +9,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import metadata
 
+import llamachat
 from llamachat import hardware
 from llamachat.checkpoints import open_checkpoint
 from llamachat.engine.engine import Engine
 from llamachat.engine.events import EngineEvent, Token
 from llamachat.engine.strategies import Greedy
 from llamachat.errors import UsageError
+from llamachat.kernels.backends import gpu_of
 from llamachat.library.store import require
 from llamachat.loading import Model, load
+from llamachat.loading.device import peak_bytes, reset_peak
 from llamachat.measure.plan import Plan, Setup, Workload
 from llamachat.measure.rates import GIGA, read_bandwidth
 
@@ -47,8 +49,10 @@ class Row:
         ttft_s: from handing over the tokens that are timed to the first token of the reply, on
             average: of "pp" that of such a prompt, of "tg" that of a single token.
         peak_bytes: the most memory resident so far since loading began; where a system cannot
-            tell, since the process began.
+            tell, since the process began. On a GPU the most that was taken of its memory.
+        device: "cpu" or "cuda:N".
         cpu: its name.
+        gpu: the name of the GPU, or None.
         version: of llamachat.
     """
 
@@ -68,7 +72,9 @@ class Row:
     load_s: float
     ttft_s: float
     peak_bytes: int
+    device: str
     cpu: str
+    gpu: str | None
     version: str
 
 
@@ -83,6 +89,7 @@ class Times:
 def measure(
     plan: Plan,
     *,
+    force: bool = False,
     status: Callable[[str], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
@@ -90,6 +97,7 @@ def measure(
 
     Args:
         plan: what to measure.
+        force: load what is forecast not to fit in memory, too.
         status: told what is going on.
         notice: told what the user should know, each thing once.
 
@@ -102,7 +110,7 @@ def measure(
         _check_context(model, plan)
     once = cache(notice)  # each setup would say the same
     for setup in plan.setups:
-        yield from _measured(setup, plan, status, once)
+        yield from _measured(setup, plan, status, once, force=force)
 
 
 def _check_context(model: str, plan: Plan) -> None:
@@ -115,28 +123,34 @@ def _check_context(model: str, plan: Plan) -> None:
 
 
 def _measured(
-    setup: Setup, plan: Plan, status: Callable[[str], None], notice: Callable[[str], None]
+    setup: Setup,
+    plan: Plan,
+    status: Callable[[str], None],
+    notice: Callable[[str], None],
+    *,
+    force: bool,
 ) -> Iterator[Row]:
     """The rows of one load. The model is gone when they are over."""
-    hardware.reset_peak_memory()
     status(f"{setup.model}: loading")
     began = time.perf_counter()
     model = load(
         setup.model,
         quantize=setup.quantize,
         threads=setup.threads,
+        device=plan.device,
         ctx_size=plan.ctx_size,
+        force=force,
         notice=notice,
     )
     load_s = time.perf_counter() - began
-    peak_bytes = 0
+    peak, gpu = 0, gpu_of(model.device)
     for test in plan.tests:
         times = list(_repeated(model, test, plan.repetitions, status))
-        peak_bytes = max(peak_bytes, hardware.peak_memory_bytes())
+        peak = max(peak, peak_bytes(gpu))
         status(f"{setup.model}: memory bandwidth")
         bandwidth = read_bandwidth(model.threads, model.device)
-        hardware.reset_peak_memory()  # what was read is no part of the model
-        yield _row(model, test, times, bandwidth, load_s=load_s, peak_bytes=peak_bytes)
+        reset_peak(gpu)  # what was read is no part of the model
+        yield _row(model, test, times, bandwidth, load_s=load_s, peak_bytes=peak)
 
 
 def _repeated(
@@ -191,7 +205,7 @@ def _row(
     peak_bytes: int,
 ) -> Row:
     samples = tuple(test.n / time.last_s for time in times)
-    average = statistics.fmean(samples)
+    average, gpu = statistics.fmean(samples), gpu_of(model.device)
     n_bytes = gb_per_s = None
     if test.kind == "tg":  # its steps see depth + 1 to depth + n tokens
         n_bytes = model.engine.bytes_per_token(test.depth + (test.n + 1) // 2)
@@ -213,6 +227,8 @@ def _row(
         load_s=load_s,
         ttft_s=statistics.fmean(time.first_s for time in times),
         peak_bytes=peak_bytes,
+        device=model.device,
         cpu=hardware.cpu_name(),
-        version=metadata.version("llamachat"),
+        gpu=None if gpu is None else hardware.gpus()[gpu].name,
+        version=llamachat.__version__,
     )

@@ -14,6 +14,7 @@ from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import LlamachatError
 from llamachat.kernels import backends
 from llamachat.kernels.abi import instruction_sets
+from llamachat.kernels.backends import gpu_of
 from llamachat.library import loads
 from llamachat.library.forecast import PACKED, Way, forecast, own_dtype, source_of
 from llamachat.library.store import Installed, installed
@@ -40,15 +41,16 @@ def examine() -> dict[str, Any]:
     cache, notice = settings.cache_dir()
     threads, threads_reason = _threads()
     backend = _backend()
+    gpu = gpu_of(backend["device"])
     bandwidth = round(rates.read_bandwidth(threads, backend["device"]), 1)
-    if backend["device"] == "cpu":
-        hardware.keep_bandwidth(bandwidth)
+    hardware.keep_bandwidth(backend["device_name"], bandwidth)
     models = installed()
     return {
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in PACKAGES},
         "platform": platform.platform(),
         "gpus": [asdict(gpu) for gpu in hardware.gpus()],
+        "gpu_driver": hardware.gpu_driver() if hardware.gpus() else None,
         "cpu": hardware.cpu_name(),
         **_instruction_sets(),
         "threads": threads,
@@ -62,7 +64,9 @@ def examine() -> dict[str, Any]:
         },
         "notices": [notice] if notice else [],
         "models": [model.name for model in models],
-        "measured": {"read_bandwidth_gb_per_s": bandwidth} | _products(threads),
+        "measured": {"read_bandwidth_gb_per_s": bandwidth}
+        | _share_of_limit(gpu, bandwidth)
+        | _products(threads),
         "decode_tok_per_s_at_most": _limits(models, bandwidth, backend["backend"]),
         "memory_forecasts": _forecasts(),
     }
@@ -88,13 +92,31 @@ def _threads() -> tuple[int, str]:
 def _backend() -> dict[str, Any]:
     """What `load` chooses and why, and the native instruction sets of this CPU, best first."""
     chosen = backends.choose(device="auto")
+    gpu = chosen.gpu
     return {
         "device": chosen.device,
+        "device_name": hardware.cpu_name() if gpu is None else hardware.gpus()[gpu].name,
         "backend": chosen.name,
         "backend_reason": chosen.reason,
+        "kernel_table": _kernel_table() if chosen.name == "cuda" else None,
         "native_instruction_sets": list(instruction_sets()) if chosen.name == "native" else [],
         "dtype": hardware.fast_dtype(),
     }
+
+
+def _kernel_table() -> str:
+    """Where the sizes of CUDA kernels come from."""
+    from llamachat.kernels.cuda import TUNED_ON
+
+    return f"shipped, measured on an {TUNED_ON}"
+
+
+def _share_of_limit(gpu: int | None, bandwidth: float) -> dict[str, float]:
+    """What the memory of a GPU could do, and how much of that was measured."""
+    limit = 0.0 if gpu is None else hardware.gpus()[gpu].gb_per_s
+    if not limit:
+        return {}
+    return {"bandwidth_limit_gb_per_s": limit, "bandwidth_share": round(bandwidth / limit, 3)}
 
 
 def _products(threads: int) -> dict[str, int | None]:

@@ -43,11 +43,12 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every load, the tests after each, and how often a test is repeated."""
+    """Every load, on one device, the tests after each, and how often a test is repeated."""
 
     setups: tuple[Setup, ...]
     tests: tuple[Workload, ...]
     repetitions: int
+    device: str = "auto"
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -69,6 +70,7 @@ def plan(
     n_gen: str = "128",
     depth: str = "0",
     repetitions: int = 5,
+    device: str = "auto",
 ) -> Plan:
     """Every combination of values that are lists by commas, as on the command line.
 
@@ -90,7 +92,7 @@ def plan(
     )
     if not tests:
         raise UsageError("--n-prompt and --n-gen are both 0: there is nothing to measure")
-    return Plan(tuple(Setup(*values) for values in setups), tests, repetitions)
+    return Plan(tuple(Setup(*values) for values in setups), tests, repetitions, device)
 
 
 def _values(flag: str, text: str) -> tuple[str, ...]:

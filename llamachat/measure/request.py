@@ -69,6 +69,7 @@ class Request:
         chunks: at most so many windows; None for all that the text has.
         quantize: this and the next four as for `load`, of the model.
         required: of the result.
+        force: load what is forecast not to fit in memory, too.
 
     Raises:
         UsageError: a requirement needs a reference, and there is none.
@@ -84,6 +85,7 @@ class Request:
     dtype: str = "auto"
     threads: int | None = None
     required: tuple[Requirement, ...] = ()
+    force: bool = False
 
     def __post_init__(self) -> None:
         if self.against is None and (of := [it.figure for it in self.required if it.is_relative]):

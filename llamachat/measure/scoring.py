@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import torch
 
+import llamachat
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import WillNotFitError
 from llamachat.loading import Model, load
@@ -57,7 +57,7 @@ def score(
         **_facts(model),
         "ctx_size": request.ctx_size,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "version": metadata.version("llamachat"),
+        "version": llamachat.__version__,
     }
     against = None if reference is None else _facts(reference)
     status(f"{request.model}: 0 of {len(chunks)} windows")
@@ -81,6 +81,7 @@ def _model(request: Request, notice: Notice) -> Model:
         dtype=request.dtype,
         ctx_size=request.ctx_size,
         threads=request.threads,
+        force=request.force,
         notice=notice,
     )
 
@@ -91,7 +92,7 @@ def _reference(request: Request, notice: Notice) -> Model | None:
     if name is None:
         return None
 
-    def unpacked(backend: str = "auto", dtype: str = "auto") -> Model:
+    def unpacked(backend: str = "auto", dtype: str = "auto", *, force: bool = False) -> Model:
         return load(
             name,
             quantize="none",
@@ -100,13 +101,14 @@ def _reference(request: Request, notice: Notice) -> Model | None:
             kv_cache="f32",
             ctx_size=request.ctx_size,
             threads=request.threads,
+            force=force,
             notice=notice,
         )
 
     try:
         return unpacked(backend="reference", dtype="float32")
     except WillNotFitError:
-        model = unpacked()
+        model = unpacked(force=request.force)
     notice(f"{name}: no room for float32, so the reference has its weights in {model.dtype}")
     return model
 

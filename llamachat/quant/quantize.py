@@ -35,9 +35,9 @@ def quantize(weight: Tensor, form: Form) -> QTensor:
         form: int8 or int4.
     """
     out, columns = weight.shape
-    groups = weight.float().reshape(-1, form.group_size)  # (O G, group)
+    groups = weight.reshape(-1, form.group_size)  # (O G, group)
     n = CHUNK // form.group_size
-    found = [_coded(groups[i : i + n], form) for i in range(0, len(groups), n)]
+    found = [_coded(groups[i : i + n].float(), form) for i in range(0, len(groups), n)]
     codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
     codes = codes.view(out, columns)
     if form.bits == 4:
@@ -88,13 +88,14 @@ class _Levels:
         """The codes whose levels are nearest to z, int8 or uint8."""
         if self.codebook is None:
             return z.round().clamp(-TOP, TOP).to(torch.int8)
-        bounds = (self.codebook[:-1] + self.codebook[1:]) / 2
-        return torch.bucketize(z - shift, bounds, right=True, out_int32=True).to(torch.uint8)
+        return _numbers(z - shift, self.codebook).to(torch.uint8)
 
     def nearest(self, z: Tensor, shift: Tensor) -> Tensor:
         """The levels themselves."""
-        codes = self.codes(z, shift)
-        return codes.float() if self.codebook is None else self.codebook[codes.long()] + shift
+        if self.codebook is None:
+            return z.round().clamp(-TOP, TOP)
+        numbers = _numbers(z - shift, self.codebook)
+        return self.codebook.index_select(0, numbers.flatten()).view_as(z) + shift
 
     def candidates(self, x: Tensor, first: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Scales and shifts (N, 1) to try.
@@ -137,6 +138,12 @@ class _Search:
         self._least = torch.minimum(error, self._least)
         product, square = _sums(self._x, v)
         return product / _or_one(square)
+
+
+def _numbers(z: Tensor, codebook: Tensor) -> Tensor:
+    """Which entries are nearest, int32."""
+    bounds = (codebook[:-1] + codebook[1:]) / 2
+    return torch.bucketize(z, bounds, right=True, out_int32=True)
 
 
 def _rounded(scale: Tensor, shift: Tensor | None) -> Tensor:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llamachat import settings
-from llamachat.chat.compare import Comparison, Indexed
+from llamachat.chat.compare import Comparison, Indexed, Parting
 from llamachat.chat.events import Done, Prefill, Text, Trimmed
 from llamachat.chat.specs import Spec
+from llamachat.errors import UsageError
 from llamachat.terminal.columns import MARK, NARROWEST, Columns, Footer, column_width
 from llamachat.terminal.failure import Notices, one_line
 from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session, reopened
 from llamachat.terminal.output import Lines, write
 from llamachat.terminal.progress import PrefillProgress
-from llamachat.terminal.reply import report
-from llamachat.terminal.stream import trimmed_notice
+from llamachat.terminal.reply import report, write_event, write_failure
+from llamachat.terminal.stream import overflow_notice
 
 if TYPE_CHECKING:
     from llamachat.loading import Model
@@ -117,19 +118,34 @@ class InTurn:
         self._written = len(text)
 
 
-def compare(question: str, run: Run, specs: Sequence[Spec], *, json: bool) -> None:
+def compare(
+    question: str, run: Run, specs: Sequence[Spec], *, json: bool, stream: bool | None = None
+) -> None:
     """Ask once and write the answers.
+
+    Args:
+        question: what is asked.
+        run: how.
+        specs: the ways to answer.
+        json: one object instead of text; with `stream` True, one event a line.
+        stream: None is as it comes, unless as one object.
 
     Raises:
         KeyboardInterrupt: it was interrupted; what there was is written.
+        UsageError: text was to come only when it is whole, which columns never do.
     """
-    opened = open_session(run)
-    models = Models(opened, run)
-    comparison = Comparison(opened.session, specs, question, use=models.use)
-    if json:
-        _write_json(comparison, models)
+    if stream is False and not json:
+        raise UsageError("--no-stream is for JSON here", hint="add --json, or leave it out")
+    if json and stream:
+        comparison = _stream_events(question, run, specs)
     else:
-        show(comparison, run.notices)
+        opened = open_session(run)
+        models = Models(opened, run)
+        comparison = Comparison(opened.session, specs, question, use=models.use)
+        if json:
+            _write_json(comparison, models)
+        else:
+            show(comparison, run.notices)
     ended = comparison.done.values()
     if len(ended) < len(specs) or any(done.finish_reason == "interrupted" for done in ended):
         raise KeyboardInterrupt
@@ -205,7 +221,7 @@ def _show_group(
         if isinstance(event, Prefill):
             progress.show(event)
         elif isinstance(event, Trimmed):
-            notices(trimmed_notice(event))
+            notices(overflow_notice(event))
         for other in sorted(unmarked):
             if (parting := comparison.parting(other)) is not None:
                 unmarked.remove(other)
@@ -222,14 +238,55 @@ def _write_json(comparison: Comparison, models: Models) -> None:
     for i, event in interruptible(comparison.run()):
         if isinstance(event, Done):
             reports[i] = report(event, models.now)
-    runs = []
-    for i, told in sorted(reports.items()):
-        parting = comparison.parting(i)
-        mean = comparison.done[i].mean_logprob
-        compared = {
-            "mean_logprob": None if mean is None else round(mean, 6),
-            "parts_at": parting and parting.index,
-            "parts": parting and list(parting.tokens),
-        }
-        runs.append({"spec": comparison.specs[i].text, **told, **compared})
+    runs = [
+        {**_said(comparison, i), **told, **_parted(comparison.parting(i))}
+        for i, told in sorted(reports.items())
+    ]
     write(jsonlib.dumps({"runs": runs}, ensure_ascii=False) + "\n")
+
+
+def _stream_events(question: str, run: Run, specs: Sequence[Spec]) -> Comparison:
+    """One JSON object a line, each with its run's index: prefill, token, parted, done.
+
+    Before them comes start, with the specs; a failure is told last.
+    """
+    try:
+        opened = open_session(run)
+        models = Models(opened, run)
+        comparison = Comparison(opened.session, specs, question, use=models.use)
+        model, revision = opened.model.name, opened.model.located.revision
+        write_event("start", model=model, revision=revision, specs=[it.text for it in specs])
+        together = set(range(1, len(specs)))
+        for i, event in interruptible(comparison.run()):
+            for other in sorted(together):
+                if (parting := comparison.parting(other)) is not None:
+                    together.remove(other)
+                    write_event("parted", run=other, **_parted(parting))
+            if isinstance(event, Prefill):
+                write_event("prefill", run=i, **asdict(event))
+            elif isinstance(event, Text):
+                write_event("token", run=i, text=event.text)
+            elif isinstance(event, Done):
+                told = report(event, models.now)
+                write_event("done", run=i, **_said(comparison, i), **told)
+    except Exception as error:
+        write_failure(error)
+        raise
+    return comparison
+
+
+def _said(comparison: Comparison, index: int) -> dict[str, Any]:
+    """What is known of a run beside its report."""
+    mean = comparison.done[index].mean_logprob
+    return {
+        "spec": comparison.specs[index].text,
+        "mean_logprob": None if mean is None else round(mean, 6),
+    }
+
+
+def _parted(parting: Parting | None) -> dict[str, Any]:
+    """Where a run parts from the first one."""
+    return {
+        "parts_at": parting and parting.index,
+        "parts": parting and list(parting.tokens),
+    }

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from llamachat.errors import LlamachatError
+from llamachat.errors import LlamachatError, TransferError, WillNotFitError
+from llamachat.terminal import log
 from llamachat.terminal.output import shown
 
-
-@dataclass(frozen=True, slots=True)
-class Notices:
-    """Says one line at a time, unless quiet."""
-
-    quiet: bool = False
-
-    def __call__(self, message: str) -> None:
-        """Say it."""
-        if not self.quiet:
-            say(f"llamachat: {one_line(message)}")
+# As torch, CUDA and C++ say it.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|(not enough|can't allocate|cannot allocate) memory|bad_alloc", re.IGNORECASE
+)
 
 
 def say(text: str) -> None:
@@ -32,18 +28,51 @@ def say(text: str) -> None:
         pass
 
 
+def understood(error: Exception) -> Exception:
+    """The failure in our words, where a device or the system is its cause."""
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        hint = "a smaller --ctx-size, --quantize int4, or a smaller model"
+        return WillNotFitError("out of memory", hint=hint)
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, BrokenPipeError):
+        return TransferError(f"{error.filename or 'the system'}: {error.strerror}")
+    return error
+
+
+@dataclass(frozen=True, slots=True)
+class Notices:
+    """Says one line at a time, unless quiet.
+
+    Attributes:
+        quiet: nothing is said.
+        tell: who says it.
+    """
+
+    quiet: bool = False
+    tell: Callable[[str], None] = say
+
+    def __call__(self, message: str) -> None:
+        """Say it."""
+        if not self.quiet:
+            self.tell(f"llamachat: {one_line(message)}")
+
+
 def show_failure(error: Exception, *, verbose: bool = False) -> None:
-    """One message and one hint; the traceback only if asked for."""
+    """One message and one hint; the traceback only if asked for.
+
+    Of what nobody foresaw a log is kept.
+    """
     if verbose:
         say("".join(traceback.format_exception(error)).rstrip())
+    error = understood(error)
     if isinstance(error, LlamachatError):
         say(f"llamachat: {one_line(error.message)}")
         if error.hint:
             say(f"  hint: {one_line(error.hint)}")
-    else:
-        say(f"llamachat: unexpected {type(error).__name__}: {one_line(str(error))}")
-        if not verbose:
-            say("  hint: -v shows where; please report it with the output of `llamachat doctor`")
+        return
+    say(f"llamachat: unexpected {type(error).__name__}: {one_line(str(error))}")
+    file = log.record(error)
+    kept = f"a log was written to {file}; " if file else ""
+    say(f"  hint: {kept}-v shows where; please report it with the output of `llamachat doctor`")
 
 
 def one_line(text: str) -> str:

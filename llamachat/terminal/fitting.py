@@ -1,20 +1,22 @@
-"""What `fit` found, for people to read; and the question before what will not fit."""
+"""What `fit` found, for people to read, and what to say where a model will not fit."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Collection, Iterator
 
-from llamachat.errors import DamagedFileError, WillNotFitError
-from llamachat.library.fit import Choice, Device, Fit, as_json, examine_repository
+from llamachat.errors import WillNotFitError
+from llamachat.library.fit import Choice, Device, Fit, as_json
 from llamachat.library.forecast import GIB
-from llamachat.library.repository import Repository
-from llamachat.terminal.failure import Notices, say
 from llamachat.terminal.output import write
-from llamachat.terminal.tables import write_columns, write_json
+from llamachat.terminal.tables import told_params, write_columns, write_json
 
 KIB = 1024
-_HEADINGS = ("form", "weights", "context", "keys, values", "pass", "loading", "peak", "longest",
-             "tok/s", "verdict")  # fmt: skip
+FLAGS = ("--ctx-size", "--quantize", "--device")  # that a way out may name
+_HEADINGS = (
+    "form", "weights", "pass", "loading", "context", "keys, values", "peak", "longest", "tok/s",
+    "verdict",
+)  # fmt: skip
+_LEAST = ("pass", "loading", "keys, values", "longest", "weights")
 
 
 def show_fit(fit: Fit, *, json: bool) -> None:
@@ -22,79 +24,82 @@ def show_fit(fit: Fit, *, json: bool) -> None:
     if json:
         write_json(as_json(fit))
         return
-    source, disk = fit.source, fit.disk
-    write(
-        f"{fit.name}: {source.config.n_params / 1e9:.3g}B parameters, {source.form},"
-        f" {_gib(source.size_bytes)}; a token of context takes"
-        f" {fit.best.forecast.token_bytes / KIB:,.0f} KiB\n"
+    source, disk, config = fit.source, fit.disk, fit.source.config
+    size = f"{told_params(config.n_params)} parameters, {source.form}, {_gib(source.size_bytes)}"
+    token_kib = fit.best.forecast.token_bytes / KIB
+    to_fetch = (
+        f"{_gib(disk.download_bytes)} to fetch" if disk.download_bytes else "nothing to fetch"
     )
-    to_fetch = f"{_gib(disk.download_bytes)} to fetch" if disk.download_bytes else "on disk"
-    write(f"disk: {to_fetch}, {_gib(disk.free_bytes)} free in {disk.folder}\n")
+    write(f"{fit.name}: {size}\n")
+    write(f"context: up to {config.longest_context:,} tokens, {token_kib:,.0f} KiB each\n")
+    write(f"disk: {to_fetch}, {_gib(disk.free_bytes)} free\n")
     for device in fit.devices:
-        free = f"{_gib(device.free_bytes)} of {_gib(device.total_bytes)} are free"
-        write(f"\n{device.name}: {free}\n")
-        write_columns([_HEADINGS, *(_cells(choice) for choice in device.choices)])
-    write(f"\n{_summary(fit)}\n")
+        free = f"{device.free_bytes / GIB:,.2f} of {_gib(device.total_bytes)} free"
+        write(f"\n{_title(device)}: {free}\n")
+        rows = [_HEADINGS, *(_cells(choice) for choice in device.choices)]
+        write_columns(rows, right=_HEADINGS[1:-1], least=_LEAST)
+    write("\n" + summary(fit, between="\n") + "\n")
+    if fit.best.tok_per_s is None:
+        write("tok/s: `llamachat doctor` measures what that needs, once\n")
 
 
 def require(fit: Fit) -> None:
     """Raises WillNotFitError where the verdict is "no": exit code 5."""
     if fit.verdict == "no":
-        raise _refusal(fit)
+        raise refusal(fit)
 
 
-def consult(
-    repository: Repository,
-    *,
-    force: bool,
-    ctx_size: int | None = None,
-    quantize: str = "auto",
-    notices: Notices,
-) -> None:
-    """Say before a download how a model will fit; if it will not, go on only if told to.
-
-    A disk that is too small is the download's to refuse.
-
-    Raises:
-        WillNotFitError: it will not, and nobody can be asked, or who was asked said no.
-        LlamachatError: the Hub refuses, or the network failed.
-    """
-    try:
-        fit = examine_repository(repository, ctx_size=ctx_size, quantize=quantize)
-    except DamagedFileError as error:  # or no Llama
-        notices(f"no forecast: {error.message}")
-        return
-    notices(_summary(fit))
-    if fit.disk.has_room and fit.verdict == "no":
-        confirm(_refusal(fit), force=force)
-
-
-def confirm(error: WillNotFitError, *, force: bool) -> None:
-    """Ask on a terminal whether to go on all the same.
-
-    Raises:
-        WillNotFitError: the error, where nobody can be asked, or the answer is no.
-    """
-    if force:
-        return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise WillNotFitError(error.message, hint=f"{error.hint}; --force goes on all the same")
-    say(f"llamachat: {error.message}; go on all the same? [y/N]")
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise error
-
-
-def _summary(fit: Fit) -> str:
-    """The verdict in one line."""
-    best, cpu = fit.best, fit.devices[0]
+def summary(fit: Fit, *, between: str = "; ") -> str:
+    """The verdict, and what it is about."""
+    best, device = fit.best, fit.device
+    on = f" on {_title(device)}" if len(fit.devices) > 1 else ""
     if fit.verdict == "no":
-        return "verdict: no"  # why, the error says
+        return f"verdict: no{on}"  # why, the error says
     speed = f", at most {best.tok_per_s:,.1f} tok/s" if best.tok_per_s else ""
-    why = f": {_reason(best, cpu)}" if fit.verdict == "tight" else ""
+    why = f": {_reason(best, device)}" if fit.verdict == "tight" else ""
     return (
-        f"verdict: {fit.verdict}{why}. As {_form(best, fit)} with {best.ctx_size:,} tokens of"
-        f" context (up to {best.longest_context:,}) it peaks at {_gib(best.peak_bytes)}{speed}"
+        f"verdict: {fit.verdict}{on}{why}{between}{_form(best, fit)} with {best.ctx_size:,} tokens"
+        f" of context peaks at {_gib(best.peak_bytes)}{speed}"
     )
+
+
+def refusal(fit: Fit, flags: Collection[str] = FLAGS) -> WillNotFitError:
+    """Why not, and a way out by one of the `flags` of the command, or of `chat`."""
+    best, device, disk = fit.best, fit.device, fit.disk
+    if not disk.has_room:
+        return WillNotFitError(
+            f"{fit.name} takes {_gib(disk.download_bytes)} of disk, {_gib(disk.free_bytes)} are"
+            f" free in {disk.folder}",
+            hint="make room, or name another folder in HF_HUB_CACHE",
+        )
+    kind = "memory" if device.id == "cpu" else f"memory on {_title(device)}"
+    several = f"; {device.n_needed} such GPUs would hold it, one is used" * (device.id != "cpu")
+    return WillNotFitError(
+        f"{fit.name} needs {_gib(best.peak_bytes)} of {kind} as {_form(best, fit)} with"
+        f" {best.ctx_size:,} tokens of context, {_gib(device.free_bytes)} are free"
+        + several
+        * (device.n_needed > 1),
+        hint=next(_ways_out(fit, flags), "take a smaller model"),
+    )
+
+
+def _ways_out(fit: Fit, flags: Collection[str]) -> Iterator[str]:
+    def would_fit(flag: str, value: object) -> str:
+        return f"{'' if flag in flags else 'chat '}{flag} {value} would fit"
+
+    longest, device = fit.best.longest_context, fit.device
+    if 0 < longest < fit.best.ctx_size:
+        yield would_fit("--ctx-size", longest)
+    for choice in device.choices:
+        if choice.verdict != "no":
+            yield would_fit("--quantize", choice.quantize)
+    for other in fit.devices:
+        if other.best.verdict != "no":
+            yield would_fit("--device", other.id)
+
+
+def _title(device: Device) -> str:
+    return device.name if device.id == "cpu" else f"{device.name} ({device.id})"
 
 
 def _form(choice: Choice, fit: Fit) -> str:
@@ -107,43 +112,21 @@ def _reason(choice: Choice, device: Device) -> str:
     return f"{_gib(device.free_bytes - choice.peak_bytes)} stay free"
 
 
-def _refusal(fit: Fit) -> WillNotFitError:
-    best, cpu, disk = fit.best, fit.devices[0], fit.disk
-    message = (
-        f"{fit.name} needs {_gib(best.peak_bytes)} of memory as {_form(best, fit)} with"
-        f" {best.ctx_size:,} tokens of context, {_gib(cpu.free_bytes)} are free"
-    )
-    if not disk.has_room:
-        message = (
-            f"{fit.name} takes {_gib(disk.download_bytes)} of disk, {_gib(disk.free_bytes)} are"
-            f" free in {disk.folder}"
-        )
-    return WillNotFitError(message, hint=_way_out(fit))
-
-
-def _way_out(fit: Fit) -> str:
-    if not fit.disk.has_room:
-        return "make room, or name another folder in HF_HUB_CACHE"
-    if fit.best.longest_context and fit.best.longest_context < fit.best.ctx_size:
-        return f"--ctx-size {fit.best.longest_context} would fit"
-    fitting = [it.quantize for it in fit.devices[0].choices if it.verdict != "no"]
-    return f"--quantize {fitting[0]} would fit" if fitting else "take a smaller model"
-
-
 def _cells(choice: Choice) -> tuple[str, ...]:
     found = choice.forecast
-    return (
-        choice.quantize,
-        _gib(found.weight_bytes),
-        f"{choice.ctx_size:,}",
-        _gib(found.context_bytes(choice.ctx_size)),
-        _gib(found.activation_bytes),
-        _gib(found.program_bytes + found.loading_bytes),
-        _gib(choice.peak_bytes),
-        f"{choice.longest_context:,}",
-        f"{choice.tok_per_s:,.1f}" if choice.tok_per_s else "?",
-        choice.verdict,
+    sizes = (
+        found.weight_bytes,
+        found.activation_bytes,
+        found.program_bytes + found.loading_bytes,
+        found.context_bytes(choice.ctx_size),
+        choice.peak_bytes,
     )
+    weights, activations, loading, context, peak = (_gib(size) for size in sizes)
+    speed = f"{choice.tok_per_s:,.1f}" if choice.tok_per_s else "?"
+    return (
+        choice.quantize, weights, activations, loading, f"{choice.ctx_size:,}", context, peak,
+        f"{choice.longest_context:,}", speed, choice.verdict,
+    )  # fmt: skip
 
 
 def _gib(n_bytes: int) -> str:

@@ -28,7 +28,7 @@ def left_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def interruptible(reply: Generator[E, None, None]) -> Iterator[E]:
+def interruptible(reply: Generator[E, None, None]) -> Generator[E, None, None]:
     """The events of a reply, to its end; Ctrl-C makes that come early.
 
     It is raised where the reply is being computed; if it comes while an event is shown, then with
@@ -56,6 +56,7 @@ def interruptible(reply: Generator[E, None, None]) -> Iterator[E]:
         return
     finally:
         signal.signal(signal.SIGINT, previous)
+        reply.close()  # where nobody listens on, it ends with what there is
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

@@ -9,17 +9,20 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from llamachat.errors import UsageError
+from llamachat.library import told_size
 from llamachat.library.catalog import CATALOG, Entry
 from llamachat.library.details import Details, details
 from llamachat.library.loads import last_used
 from llamachat.library.store import Installed, installed
 from llamachat.terminal.failure import say
-from llamachat.terminal.tables import MB, write_columns, write_json
+from llamachat.terminal.tables import told_params, write_columns, write_json
 
 HEADINGS = (
     "name", "family", "params", "form", "size", "context", "used", "quality", "licence", "gated",
     "where",
 )  # fmt: skip
+_RIGHT = ("params", "size", "context")
+_LEAST = ("where", "gated", "licence", "quality", "family", "used", "context", "params")
 _ENTRY_KEYS = (
     "also", "family", "params", "context", "licence", "gated", "template", "defaults", "base",
 )  # fmt: skip
@@ -84,7 +87,7 @@ def show_models(*, every: bool, only: Filter, json: bool) -> None:
         return
     shown = [_installed_cells(model, facts, used) for model, facts in models]
     shown += [_entry_cells(entry) for entry in absent]
-    write_columns([HEADINGS, *shown])
+    write_columns([HEADINGS, *shown], right=_RIGHT, least=_LEAST)
 
 
 def _installed_cells(
@@ -93,9 +96,9 @@ def _installed_cells(
     return (
         _title(model),
         facts.family or "",
-        _billions(facts.params),
+        told_params(facts.params) if facts.params else "",
         facts.form or "",
-        f"{model.size_bytes / MB:,.0f} MB",
+        told_size(model.size_bytes),
         f"{facts.context:,}" if facts.context else "",
         _day(used.get(str(model.path))),
         _quality(facts.quality),
@@ -108,14 +111,8 @@ def _installed_cells(
 def _entry_cells(entry: Entry) -> tuple[str, ...]:
     gated = "gated" if entry.gated else ""
     empty = ("", "not on disk", f"{entry.context:,}", "", "")
-    head = (entry.alias, entry.family, _billions(entry.params))
+    head = (entry.alias, entry.family, told_params(entry.params))
     return (*head, *empty, entry.licence, gated, entry.repo)
-
-
-def _billions(params: int | None) -> str:
-    if not params:
-        return ""
-    return f"{params / 1e9:.3g}B" if params >= 1e9 else f"{params / 1e6:.3g}M"
 
 
 def _day(moment: float | None) -> str:

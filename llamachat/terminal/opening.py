@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from llamachat import settings
 from llamachat.chat.builtin import BuiltInTemplate, check_name, template_for
+from llamachat.chat.context import check_overflow
 from llamachat.chat.options import Options, Said
 from llamachat.chat.session import ChatSession
 from llamachat.chat.templates import PlainTemplate, Template
 from llamachat.engine.decoding import check_one_row
-from llamachat.engine.parameters import PARAMETERS
-from llamachat.errors import UsageError, WillNotFitError
+from llamachat.errors import WillNotFitError
 from llamachat.terminal.failure import Notices
-from llamachat.terminal.interrupts import left_at_once
-from llamachat.terminal.progress import download_progress, loading
+from llamachat.terminal.front import BetweenLines, Front, Streams
 
 if TYPE_CHECKING:
     from llamachat.loading import Model
@@ -25,7 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the user asked for, as flags say it."""
+    """What the user asked for, as flags, variables and the config file say it.
+
+    Attributes:
+        layers: (origin, values) of decoding below what was said, the strongest first.
+        origins: who said what, by name.
+    """
 
     model: str | None
     system: str | None
@@ -44,15 +48,25 @@ class Run:
     logprobs: int
     stop_loops: int
     speculate: int
+    overflow: str
     force: bool
     offline: bool
     revision: str | None
     token: str | None
     notices: Notices
     verbose: bool
+    layers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+    session: str | None = None
+    resume: bool = False
+    no_save: bool = False
+
+    def options(self, sampling: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> Options:
+        """What was said about decoding, over what a model suggests."""
+        return Options(self.said, (*self.layers, *sampling), self.origins)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Opened:
     """A loaded model, the session over it, and the seconds that loading took."""
 
@@ -61,31 +75,37 @@ class Opened:
     load_s: float
 
 
-def open_session(run: Run) -> Opened:
+def open_session(run: Run, front: Front | None = None) -> Opened:
     """Load the model, and begin a conversation.
+
+    Args:
+        run: how.
+        front: where the user is; default at the standard streams.
 
     Raises:
         LlamachatError: see `load`; what is wrong with names and options is found before loading.
     """
-    layer = ("config file", _configured())
-    decoding = Options(run.said, (layer,)).decoding()
+    decoding = run.options().decoding()
     check_one_row(decoding, draft=run.speculate, logprobs=run.logprobs)
     if run.template is not None:
         check_name(run.template)
-    _fetch(run)
+    overflow = check_overflow(run.overflow)
+    front = front or Streams(quiet=run.notices.quiet)
+    run = replace(run, force=fetch(run, front))
     began = time.perf_counter()
-    model = _load(run)
+    model = _load(run, front)
     load_s = time.perf_counter() - began
     session = ChatSession(
         model,
         system=run.system,
-        options=Options(run.said, (layer, *model.sampling)),
+        options=run.options(model.sampling),
         max_new_tokens=run.max_new_tokens,
         stop=run.stop,
         template=_template(run, model),
         logprobs=run.logprobs,
         speculate=run.speculate,
         stop_loops=run.stop_loops,
+        overflow=overflow,
     )
     return Opened(model, session, load_s)
 
@@ -93,8 +113,16 @@ def open_session(run: Run) -> Opened:
 def reopened(opened: Opened, run: Run) -> Opened:
     """The same session beside a model that is loaded anew, as `run` says."""
     began = time.perf_counter()
-    model = _load(run)
+    model = _load(run, BetweenLines(quiet=run.notices.quiet))
     return Opened(model, opened.session, time.perf_counter() - began)
+
+
+def adopt(model: Model, opened: Opened, run: Run) -> None:
+    """Go on with another model, loaded as `run` says."""
+    session = opened.session
+    options = replace(session.options, layers=(*run.layers, *model.sampling))
+    session.use(model, _template(run, model), options)
+    opened.model = model
 
 
 def _template(run: Run, model: Model) -> Template:
@@ -106,74 +134,70 @@ def _template(run: Run, model: Model) -> Template:
     return template
 
 
-def _configured() -> dict[str, float]:
-    """The numbers for decoding in the config file."""
-    values = {k: v for k, v in settings.defaults().items() if k in PARAMETERS}
-    for name, value in values.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise UsageError(f"{settings.config_path()}: {name} is {value!r}, expected a number")
-    return values
+def fetch(run: Run, front: Front) -> bool:
+    """See to it that the model is on disk, before the long import of torch.
 
+    Returns:
+        whether to load it although it will not fit.
+    """
+    from llamachat.library.store import locate
 
-def _fetch(run: Run) -> None:
-    """See to it that the model is on disk, before the long import of torch."""
-    from llamachat.library.store import resolve
-    from llamachat.terminal.fitting import consult
+    name = run.model or settings.default_model()
+    if locate(name, revision=run.revision):  # what forecasts import takes a while
+        return run.force
+    from llamachat.library.fit import Wanted
+    from llamachat.terminal.fetching import Door
 
-    approve = partial(
-        consult,
+    door = Door(
+        run.notices,
         force=run.force,
-        ctx_size=run.ctx_size,
-        quantize=run.quantize,
-        notices=run.notices,
+        revision=run.revision,
+        token=run.token,
+        offline=run.offline,
+        front=front,
     )
-    with download_progress(quiet=run.notices.quiet) as progress:
-        resolve(
-            run.model or settings.default_model(),
+    wanted = Wanted(run.ctx_size, run.quantize, run.device, run.backend, run.dtype, run.kv_cache)
+    door.fetch(name, wanted)
+    return door.force
+
+
+def _load(run: Run, front: Front) -> Model:
+    """Load the model; what will not fit only if the user says so."""
+    try:
+        return load_model(run, front)
+    except WillNotFitError as error:
+        from llamachat.terminal.fetching import confirm
+
+        if run.force:  # it does not, in earnest
+            raise
+        confirm(error, front.ask)
+    return load_model(replace(run, force=True), front)
+
+
+def load_model(run: Run, front: Front) -> Model:
+    """Load a model as `run` says, with a sign of life meanwhile.
+
+    Raises:
+        LlamachatError: see `load`.
+    """
+    with front.loading(run.notices) as notice:
+        from llamachat.loading import load
+        from llamachat.loading.preload import preload_torch
+
+        preload_torch()
+        return load(
+            run.model,
+            lora=run.lora,
+            device=run.device,
+            backend=run.backend,
+            dtype=run.dtype,
+            quantize=run.quantize,
+            kv_cache=run.kv_cache,
+            ctx_size=run.ctx_size,
+            threads=run.threads,
             revision=run.revision,
             token=run.token,
             offline=run.offline,
-            approve=approve,
-            notice=run.notices,
-            progress=progress,
+            force=run.force,
+            notice=notice,
         )
-
-
-def _load(run: Run) -> Model:
-    """Load the model; what will not fit only if the user says so."""
-    try:
-        return _loaded(run, force=run.force)
-    except WillNotFitError as error:
-        from llamachat.terminal.fitting import confirm
-
-        confirm(error, force=run.force)
-    return _loaded(run, force=True)
-
-
-def _loaded(run: Run, *, force: bool) -> Model:
-    said: list[str] = []
-    try:
-        with loading(quiet=run.notices.quiet), left_at_once():
-            import torch  # noqa: F401  # the longest part of starting
-
-            from llamachat.loading import load
-
-            return load(
-                run.model,
-                lora=run.lora,
-                device=run.device,
-                backend=run.backend,
-                dtype=run.dtype,
-                quantize=run.quantize,
-                kv_cache=run.kv_cache,
-                ctx_size=run.ctx_size,
-                threads=run.threads,
-                revision=run.revision,
-                token=run.token,
-                offline=run.offline,
-                force=force,
-                notice=said.append,
-            )
-    finally:
-        for line in said:
-            run.notices(line)

@@ -7,9 +7,12 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from llamachat.errors import TransferError
+from llamachat.errors import TransferError, UsageError
+from llamachat.files import write_atomically
 
 # C0 without tab and newline, DEL, C1, line separators, and what reorders a line's characters.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -37,8 +40,18 @@ def write(text: str, *, look: Callable[[str], str] = str) -> None:
         BrokenPipeError: nobody reads on.
         TransferError: it cannot be written.
     """
+    emit(look(shown(text)) if sys.stdout.isatty() else text)
+
+
+def emit(text: str) -> None:
+    """Write text as it is, escapes of our own and all.
+
+    Raises:
+        BrokenPipeError: nobody reads on.
+        TransferError: it cannot be written.
+    """
     try:
-        sys.stdout.write(look(shown(text)) if sys.stdout.isatty() else text)
+        sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
         raise lost(error) from error
@@ -56,6 +69,57 @@ def lost(error: OSError) -> Exception:
 def shown(text: str) -> str:
     """Text for a terminal: nobody's words may move the cursor or set the title."""
     return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+@contextmanager
+def collected(path: Path | None) -> Iterator[None]:
+    """Let what is written to stdout inside become a file, once it is whole or interrupted.
+
+    What was in the file before stays if something fails. None and "-" are stdout itself.
+
+    Raises:
+        UsageError: there can be no such file.
+        TransferError: it cannot be written.
+    """
+    if path is None or str(path) == "-":
+        yield
+        return
+    path = _writable(path)
+    stdout, content = sys.stdout, io.BytesIO()
+    sys.stdout = io.TextIOWrapper(content, "utf-8", errors="replace", newline="\n")
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        _keep(path, content)
+        raise
+    else:
+        _keep(path, content)
+    finally:
+        sys.stdout.detach()
+        sys.stdout = stdout
+
+
+def _writable(path: Path) -> Path:
+    """The path, if a file can be there: better known before a model is loaded."""
+    try:
+        path = path.expanduser()
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder", hint="name a file")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path.parent}: no such folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{path}: not writable")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    return path
+
+
+def _keep(path: Path, content: io.BytesIO) -> None:
+    try:
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        hint = "write to another file or disk"
+        raise TransferError(f"{path}: {error.strerror or error}", hint=hint) from error
 
 
 class Lines:

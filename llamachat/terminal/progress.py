@@ -11,7 +11,7 @@ from typing import Protocol
 
 from llamachat import settings
 from llamachat.chat.events import Prefill
-from llamachat.terminal.failure import say
+from llamachat.terminal.failure import Notices, say
 
 PLAIN_EVERY_S = 5.0
 PATIENCE_S = 1.0  # of prefill before it shows progress
@@ -58,6 +58,8 @@ class PrefillProgress:
 
     def show(self, event: Prefill) -> None:
         """Show the progress, or take it away where there is no more to come."""
+        if event.done == 0:
+            self._began = time.monotonic()
         elapsed = time.monotonic() - self._began
         if event.done >= event.total:
             self._status.clear()
@@ -110,12 +112,21 @@ def quantizing_progress(
 
 
 @contextmanager
-def loading(*, quiet: bool) -> Iterator[None]:
-    """Say that a model is being loaded, on a terminal, and take it away again."""
-    status = Status(quiet=quiet)
+def loading(notices: Notices) -> Iterator[Callable[[str], None]]:
+    """Say that a model is being loaded, on a terminal, and take it away again.
+
+    Yields what says something else meanwhile, on a line of its own.
+    """
+    status = Status(quiet=notices.quiet)
+
+    def notice(line: str) -> None:
+        status.clear()
+        notices(line)
+        status.show("loading…")
+
     status.show("loading…")
     try:
-        yield
+        yield notice
     finally:
         status.clear()
 
@@ -159,20 +170,34 @@ def _bar() -> Iterator[Show]:
 
 
 def _plain_lines() -> Show:
-    began = last = time.monotonic()
-    first: int | None = None  # what was there before: it has no speed
-    said = 0
+    pace = Pace()
+    last = time.monotonic()
+    said: int | None = None
 
     def show(done: int, total: int, what: str = "") -> None:
-        nonlocal first, last, said
+        nonlocal last, said
         now = time.monotonic()
-        if first is None:
-            first = said = done
+        text = pace.text(done, total)
+        if said is None:
+            said = done
         if done > said and (done == total or now - last >= PLAIN_EVERY_S):
             last, said = now, done
-            rate = (done - first) / max(now - began, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-            amount = f"{done / MB:.0f} of {total / MB:.0f} MB, {rate / MB:.0f} MB/s"
-            say(f"llamachat: {what}{amount}{left}")
+            say(f"llamachat: {what}{text}")
 
     return show
+
+
+class Pace:
+    """How fast bytes come, from when it is first told."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._first: int | None = None  # what was there before: it has no speed
+
+    def text(self, done: int, total: int) -> str:
+        """How many there are of how many, the speed, and the time left."""
+        if self._first is None:
+            self._first = done
+        rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+        return f"{done / MB:.0f} of {total / MB:.0f} MB, {rate / MB:.0f} MB/s{left}"

@@ -1,39 +1,134 @@
-"""The line that the user types: editing, history, completion, the toolbar."""
+"""The line that the user types: keys, history, the toolbar. It is quick to import."""
 
 from __future__ import annotations
 
-import os
+import asyncio
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.application import Application
+from prompt_toolkit.completion import Completer, DynamicCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import TabsProcessor
 
 from llamachat import settings
-from llamachat.chat.commands import COMMANDS, SETTINGS, VIEWS
+from llamachat.terminal.history import new_history
+from llamachat.terminal.question import is_yes
 
-ARGUMENTS = {"set": tuple(SETTINGS), "show": tuple(VIEWS), "help": tuple(COMMANDS)}
+Waking = Callable[[Callable[[], None]], AbstractContextManager[None]]
 
 
-def new_prompt(toolbar: Callable[[], str], notice: Callable[[str], None]) -> PromptSession[str]:
+class Line:
     """The input line: Enter sends, Alt-Enter or Ctrl-J makes a new line, a paste is one message."""
-    return PromptSession(
-        message=">>> ",
-        prompt_continuation="... ",
-        multiline=True,
-        key_bindings=_keys(),
-        history=_history(notice),
-        completer=_Commands(),
-        complete_while_typing=False,
-        bottom_toolbar=toolbar,
-        enable_open_in_editor=True,
-        enable_history_search=True,
-    )
+
+    def __init__(self, toolbar: Callable[[int], str], notice: Callable[[str], None]) -> None:
+        """Prepare it.
+
+        Args:
+            toolbar: what stands below, in so many columns.
+            notice: told what the user should know.
+        """
+        self._editing: asyncio.Task[None] | None = None
+        self._aside = Document()
+
+        def below() -> str:
+            return toolbar(self._app.output.get_size().columns)
+
+        self._session: PromptSession[str | None] = PromptSession(
+            message=">>> ",
+            prompt_continuation="... ",
+            multiline=True,
+            key_bindings=self._keys(),
+            history=new_history(notice),
+            completer=DynamicCompleter(_completer),
+            complete_while_typing=False,
+            bottom_toolbar=below if settings.ui().toolbar else None,
+            enable_history_search=True,
+            input_processors=[TabsProcessor(char1=" ", char2=" ")],
+        )
+        self._session.default_buffer.tempfile_suffix = ".md"
+        if hasattr(signal, "SIGWINCH"):  # else the size is asked for twice a second
+            self._app.terminal_size_polling_interval = None
+
+    def read(self, waking: Waking, begin: Callable[[], None]) -> str | None:
+        """The next line; None where it was woken: what was typed is there again the next time.
+
+        Args:
+            waking: told how to wake it, while it reads.
+            begin: called once the prompt is drawn.
+
+        Raises:
+            EOFError: the user leaves.
+            KeyboardInterrupt: Ctrl-C on an empty line.
+        """
+        with ExitStack() as reading:
+
+            def pre_run() -> None:
+                loop = asyncio.get_running_loop()
+                loop.call_soon(begin)
+                reading.enter_context(waking(lambda: _soon(loop, self._put_aside)))
+
+            default, self._aside = self._aside, Document()
+            self._app.erase_when_done = False
+            return self._session.prompt(default=default, pre_run=pre_run)
+
+    def redraw(self) -> None:
+        """Draw the toolbar anew, from any thread."""
+        self._app.invalidate()
+
+    @property
+    def _app(self) -> Application[str | None]:
+        return self._session.app
+
+    def _put_aside(self) -> None:
+        """End reading without a line, once an editor that was opened gave the terminal back."""
+
+        async def put_aside() -> None:
+            if self._editing is not None:
+                await asyncio.wait([self._editing])
+            if self._app.is_running and not self._app.is_done:
+                self._aside = self._session.default_buffer.document
+                self._app.erase_when_done = True
+                self._app.exit(result=None)
+
+        self._app.create_background_task(put_aside())
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def _send(event: KeyPressEvent) -> None:
+            """A line in triple quotes goes on until they are closed."""
+            text = event.current_buffer.text
+            if text.lstrip().startswith('"""') and text.count('"""') < 2:
+                event.current_buffer.insert_text("\n")
+            else:
+                event.current_buffer.validate_and_handle()
+
+        @keys.add("c-c")
+        @keys.add("<sigint>")
+        def _clear(event: KeyPressEvent) -> None:
+            if self._editing is not None and not self._editing.done():
+                return  # it is the editor's
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
+        @keys.add("escape", "enter")
+        @keys.add("c-j")
+        def _new_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-x", "c-e")
+        def _edit(event: KeyPressEvent) -> None:
+            self._editing = event.current_buffer.open_in_editor()
+
+        return keys
 
 
 def ask_number(message: str, most: int) -> int | None:
@@ -57,10 +152,19 @@ def ask_number(message: str, most: int) -> int | None:
             return int(answer)
 
 
+def ask_yes(question: str) -> bool:
+    """Whether the user says yes."""
+    session: PromptSession[str] = PromptSession(message=f"llamachat: {question} [y/N] ")
+    try:
+        return is_yes(session.prompt())
+    except (EOFError, KeyboardInterrupt):
+        return False
+
+
 if sys.platform == "win32":
 
     @contextmanager
-    def typed_unseen() -> Iterator[None]:
+    def typed_unseen(*, signals: bool = True) -> Iterator[None]:
         """The console shows no keys until a line is asked for."""
         yield
 
@@ -68,10 +172,11 @@ else:
     import termios
 
     @contextmanager
-    def typed_unseen() -> Iterator[None]:
+    def typed_unseen(*, signals: bool = True) -> Iterator[None]:
         """Keys typed inside stay out of the reply, and are there when the next line is asked for.
 
-        Carriage returns stay what they are, so that Enter sends then, too.
+        Carriage returns stay what they are, so that Enter sends then, too. Without `signals`,
+        Ctrl-C is such a key as well.
         """
         try:
             before = termios.tcgetattr(sys.stdin)
@@ -80,88 +185,23 @@ else:
             return
         unseen = list(before)
         unseen[0] &= ~termios.ICRNL
-        unseen[3] &= ~(termios.ECHO | termios.ICANON)
+        unseen[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)
+        unseen[3] |= termios.ISIG if signals else 0
         try:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
             yield
         finally:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+            with suppress(termios.error):  # the terminal has gone
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-class PrivateHistory(FileHistory):
-    """A history file that only its owner can read."""
-
-    def __init__(self, path: Path) -> None:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        path.chmod(0o600)
-        super().__init__(str(path))
-
-    def store_string(self, string: str) -> None:
-        """Keep a line; a full disk loses the line, not the conversation."""
-        try:
-            super().store_string(string)
-        except OSError:
-            return
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Call it in the loop, from any thread; one that has ended needs no call."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
 
 
-def _history(notice: Callable[[str], None]) -> History:
-    if not settings.keeps_history():
-        return InMemoryHistory()
-    folder, problem = settings.data_dir()
-    if problem:
-        notice(problem)
-    try:
-        return PrivateHistory(folder / "history")
-    except OSError as error:
-        notice(f"{folder / 'history'}: {error.strerror}; this conversation leaves no history")
-        return InMemoryHistory()
+def _completer() -> Completer:
+    from llamachat.terminal.completion import LineCompleter
 
-
-def _keys() -> KeyBindings:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _send(event: KeyPressEvent) -> None:
-        """A line in triple quotes goes on until they are closed."""
-        text = event.current_buffer.text
-        if text.lstrip().startswith('"""') and text.count('"""') < 2:
-            event.current_buffer.insert_text("\n")
-        else:
-            event.current_buffer.validate_and_handle()
-
-    @keys.add("c-c")
-    @keys.add("<sigint>")
-    def _clear(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
-
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
-    def _new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys
-
-
-class _Commands(Completer):
-    """Commands, the keys and views that some of them take, and paths after @."""
-
-    def get_completions(
-        self, document: Document, complete_event: CompleteEvent
-    ) -> Iterable[Completion]:
-        """What may follow."""
-        line = document.text_before_cursor
-        if not line.startswith("/") or "\n" in line:
-            return
-        name, space, word = line[1:].partition(" ")
-        if name == "system" and word.startswith("@"):
-            path = Document(word[1:])
-            yield from PathCompleter(expanduser=True).get_completions(path, complete_event)
-            return
-        choices = ARGUMENTS.get(name, ()) if space else tuple(COMMANDS)
-        typed = word if space else name
-        for choice in choices:
-            if choice.startswith(typed):
-                yield Completion(choice, start_position=-len(typed))
+    return LineCompleter()

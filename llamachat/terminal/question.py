@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from llamachat.chat.files import Notice, decoded, fenced, read_text
 from llamachat.errors import TransferError, UsageError
 
 PATIENCE_S = 2.0
-Notice = Callable[[str], None]
 
 
 def read(
-    argument: str | None, option: str | None, files: Sequence[Path], notice: Notice
+    argument: str | None,
+    option: str | None,
+    files: Sequence[Path],
+    notice: Notice,
+    *,
+    talks: bool = False,
 ) -> str | None:
     """The whole question, or None for a conversation (both ends are terminals, nothing asked).
+
+    Args:
+        argument: PROMPT.
+        option: of `-p`.
+        files: of `-f`, in order.
+        notice: told what the user should know.
+        talks: whether a conversation follows, which takes a terminal to show it.
 
     Raises:
         UsageError: asked twice, asked nothing, or a file that is not text.
@@ -25,6 +37,8 @@ def read(
         raise UsageError("the prompt was given twice: as PROMPT and with -p")
     prompt = argument if argument is not None else option
     on_terminal = sys.stdin.isatty()
+    if talks and not sys.stdout.isatty():
+        raise UsageError("a conversation needs a terminal, and stdout is none", hint="without -i")
     if prompt is None and not files and on_terminal:
         if sys.stdout.isatty():
             return None
@@ -38,9 +52,16 @@ def read(
     asked = valid(prompt or "", "the prompt", notice)
     parts = [*fenced, "" if wants_stdin else piped, asked]
     question = "\n\n".join(part for part in parts if part)
+    if not question.strip() and talks:
+        return None
     if not question.strip():
         raise UsageError("the prompt is empty", hint='llamachat chat "your question"')
     return question
+
+
+def is_yes(answer: str) -> bool:
+    """Whether an answer agrees."""
+    return answer.strip().lower() in ("y", "yes")
 
 
 def document(path: Path | None, notice: Notice) -> str:
@@ -54,7 +75,7 @@ def document(path: Path | None, notice: Notice) -> str:
     if from_stdin:
         text = _read_stdin(path is None, notice)
     elif path is not None:
-        text = _read_file(path, notice)
+        text = read_text(path, notice)
     if not text:
         raise UsageError("there is no text", hint="name a file with --text FILE, or pipe one in")
     return text
@@ -69,7 +90,7 @@ def system_message(text: str | None, path: Path | None, notice: Notice) -> str |
     if text is not None and path is not None:
         raise UsageError("--system and --system-file contradict each other")
     if path is not None:
-        return _read_file(path, notice).strip()
+        return read_text(path, notice).strip()
     return None if text is None else valid(text, "--system", notice)
 
 
@@ -81,7 +102,7 @@ def token(path: Path | None, notice: Notice) -> str | None:
     """
     if path is None:
         return None
-    found = _read_file(path, notice).strip()
+    found = read_text(path, notice).strip()
     if not found:
         raise UsageError(f"{path}: holds no token")
     return found
@@ -89,7 +110,7 @@ def token(path: Path | None, notice: Notice) -> str | None:
 
 def valid(argument: str, name: str, notice: Notice) -> str:
     """An argument as text: bytes that are not, which Python carries as surrogates, are replaced."""
-    return _decoded(argument.encode("utf-8", "surrogatepass"), name, notice)
+    return decoded(argument.encode("utf-8", "surrogatepass"), name, notice)
 
 
 def _read_stdin(announced: bool, notice: Notice) -> str:
@@ -106,30 +127,10 @@ def _read_stdin(announced: bool, notice: Notice) -> str:
         raise TransferError(f"stdin: {error.strerror or error}") from error
     finally:
         waiting.cancel()
-    return _decoded(raw, "stdin", notice)
-
-
-def _decoded(raw: bytes, name: str, notice: Notice) -> str:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        notice(f"{name} is not all UTF-8; invalid bytes were replaced")
-        text = raw.decode("utf-8-sig", "replace")
-    return text.replace("\r\n", "\n")
+    return decoded(raw, "stdin", notice)
 
 
 def _fenced(path: Path, stdin: str, notice: Notice) -> str:
-    name, text = ("stdin", stdin) if str(path) == "-" else (path.name, _read_file(path, notice))
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    newline = "" if text.endswith("\n") else "\n"
-    return f"{fence}{name}\n{text}{newline}{fence}"
-
-
-def _read_file(path: Path, notice: Notice) -> str:
-    try:
-        return _decoded(path.expanduser().read_bytes(), str(path), notice)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{path}: {reason}") from error
+    if str(path) == "-":
+        return fenced("stdin", stdin)
+    return fenced(path.name, read_text(path, notice))

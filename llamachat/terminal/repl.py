@@ -1,59 +1,82 @@
-"""The conversation on a terminal: read a line, perform what it means, show it."""
+"""The conversation on a terminal: what a line means is performed, and shown."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from prompt_toolkit import PromptSession
-
-from llamachat.chat.commands import Compare, Conversation, Leave, Say, Walk, interpret, statistics
+from llamachat import settings
+from llamachat.chat.commands import (
+    Answer,
+    Compare,
+    Conversation,
+    Copy,
+    Edit,
+    Effect,
+    Leave,
+    Say,
+    Switch,
+    Walk,
+    interpret,
+    statistics,
+)
 from llamachat.chat.compare import Comparison
 from llamachat.chat.events import Done, Event, Text
+from llamachat.chat.keeping import Found
 from llamachat.chat.session import ChatSession
 from llamachat.chat.spoken import Spoken, listing
-from llamachat.engine.parameters import PARAMETERS, PENALTIES
-from llamachat.errors import LlamachatError
+from llamachat.terminal.clipboard import copy
 from llamachat.terminal.comparison import Models, show
-from llamachat.terminal.failure import say, show_failure
+from llamachat.terminal.editor import edited
+from llamachat.terminal.failure import say
+from llamachat.terminal.front import Front
 from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session
-from llamachat.terminal.prompt import ask_number, new_prompt, typed_unseen
+from llamachat.terminal.prompt import ask_number, typed_unseen
+from llamachat.terminal.saving import is_named, keeping, wanted
 from llamachat.terminal.shades import Shading
 from llamachat.terminal.stream import ReplyView
+from llamachat.terminal.switching import switch
 from llamachat.terminal.walk import can_walk, walk
 
 Branch = tuple[Sequence[Text], Generator[Event, None, None]]
-HOW_TO_LEAVE = "Ctrl-D or /exit leaves."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Talk:
-    """A conversation in a terminal: what was asked for, what was opened, how it looks."""
+    """A conversation in a terminal: what was asked for, what was opened, how it looks.
+
+    Attributes:
+        found: the conversation that it goes on with.
+    """
 
     conversation: Conversation
     run: Run
     opened: Opened
     shading: Shading
+    found: Found | None = None
 
 
-def converse(run: Run) -> None:
-    """Load the model and talk until the user leaves."""
-    opened = open_session(run)
-    conversation = Conversation(opened.session, title(opened))
-    if not run.notices.quiet:
-        say(f"{conversation.title}\n/help lists commands, Ctrl-C stops a reply, Ctrl-D leaves.")
-    talk = Talk(conversation, run, opened, Shading())
-    prompt = new_prompt(lambda: toolbar(conversation), run.notices)
-    while (line := _read(prompt)) is not None:
-        try:
-            if line.strip() and _perform(line, talk):
-                break
-            conversation.used_tokens = len(opened.session.prompt_ids)
-        except LlamachatError as error:
-            show_failure(error, verbose=run.verbose)
-        except KeyboardInterrupt:  # while a prompt was being written, not yet answered
-            say("[interrupted]")
+def begin(run: Run, front: Front) -> Talk:
+    """Open the session that the user talks to."""
+    run, found = wanted(run)
+    opened = open_session(run, front)
+    markdown = settings.renders_markdown()
+    conversation = Conversation(opened.session, title(opened), lora=run.lora, markdown=markdown)
+    return Talk(conversation, run, opened, Shading(), found)
+
+
+@contextmanager
+def kept(talk: Talk) -> Iterator[None]:
+    """While it lasts the conversation is kept on disk."""
+    run, found, opened = talk.run, talk.found, talk.opened
+    saves = settings.keeps_history() or is_named(run)
+    with keeping(opened, run, found, saves=saves) as talk.conversation.keeper:
+        if found is not None and found.transcript is not None and not run.notices.quiet:
+            say(f"Going on with {found.path.stem}: {opened.session.turns} turn(s).")
+        yield
 
 
 def title(opened: Opened) -> str:
@@ -65,68 +88,72 @@ def title(opened: Opened) -> str:
     )
 
 
-def toolbar(conversation: Conversation) -> str:
-    """Context used, speed of the last reply, and how it decodes."""
-    session, done = conversation.session, conversation.last
-    used, size = conversation.used_tokens, session.model.engine.ctx_size
-    parts = [f"ctx {used:,}/{size:,}".replace(",", " ")]
-    if done is not None and done.timings.decode_s > 0 and len(done.token_ids) > 1:
-        parts.append(f"{(len(done.token_ids) - 1) / done.timings.decode_s:.1f} tok/s")
-    values = {name: value for name, (value, _) in session.options.values().items()}
-    drawn, beams = values["temperature"] != 0, session.options.beams()
-    if beams:
-        parts.append(f"{beams['num_beams'][0]} beams")
-    if drawn:
-        parts.append(f"temperature {values['temperature']:g}")
-    elif not beams:
-        parts.append("greedy")
-    parts += [
-        f"{name.replace('_', '-')} {values[name]:g}"
-        for name, parameter in PARAMETERS.items()
-        if name != "temperature" and values[name] != parameter.off
-        if drawn or name in PENALTIES
-    ]
-    return " · ".join(parts)
+def perform(line: str, talk: Talk) -> bool:
+    """Do what a line means; returns whether to leave.
 
-
-def _read(prompt: PromptSession[str]) -> str | None:
-    """The next line; None where the user leaves."""
-    while True:
-        try:
-            return prompt.prompt()
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            say(HOW_TO_LEAVE)
-
-
-def _perform(line: str, talk: Talk) -> bool:
-    """Do what a line means; returns whether to leave."""
+    Raises:
+        LlamachatError: it means nothing, or cannot be done.
+        KeyboardInterrupt: the user stopped it before there was a reply.
+    """
     conversation = talk.conversation
     effect = interpret(line, conversation)
     if isinstance(effect, Leave):
         return True
-    if isinstance(effect, Say):
-        say(effect.text)
-        return False
-    if isinstance(effect, Compare):
-        conversation.last = _compare(effect, talk) or conversation.last
-        return False
-    before: Sequence[Text] = ()
-    if isinstance(effect, Walk):
-        branch = _walk(effect.spoken, conversation.session)
-        if branch is None:
-            return False
-        before, events = branch
-    else:
-        events = effect.events
-    conversation.last = _stream(events, talk.shading, before) or conversation.last
-    if talk.run.verbose and conversation.last is not None:
-        say(statistics(conversation.last))
+    _do(effect, talk)
+    conversation.used_tokens = len(conversation.session.prompt_ids)
+    if conversation.keeper is not None:
+        conversation.keeper.keep()
     return False
 
 
-def _walk(spoken: Spoken, session: ChatSession) -> Branch | None:
+def _do(effect: Effect, talk: Talk) -> None:
+    PERFORMERS[type(effect)](effect, talk)
+
+
+def _say(effect: Say, _: Talk) -> None:
+    say(effect.text)
+
+
+def _copy(effect: Copy, _: Talk) -> None:
+    problem = copy(effect.text)
+    say(f"Not copied: {problem}." if problem else f"Copied {effect.what}")
+
+
+def _edit(effect: Edit, talk: Talk) -> None:
+    _do(edited(effect), talk)
+
+
+def _switch(effect: Switch, talk: Talk) -> None:
+    """Go on with another model."""
+    talk.run = switch(effect, talk.opened, talk.run)
+    talk.conversation.title, talk.conversation.lora = title(talk.opened), talk.run.lora
+    say(f"[going on with {talk.conversation.title}]")
+
+
+def _answer(effect: Answer, talk: Talk) -> None:
+    _follow(effect.events, talk)
+
+
+def _walk(effect: Walk, talk: Talk) -> None:
+    if branch := _branch(effect.spoken, talk.conversation.session):
+        before, events = branch
+        _follow(events, talk, before)
+
+
+def _compare(effect: Compare, talk: Talk) -> None:
+    conversation = talk.conversation
+    conversation.last = _compared(effect, talk) or conversation.last
+
+
+def _follow(events: Generator[Event, None, None], talk: Talk, before: Sequence[Text] = ()) -> None:
+    conversation = talk.conversation
+    view = ReplyView(talk.shading, markdown=conversation.markdown)
+    conversation.last = _stream(events, view, before) or conversation.last
+    if talk.run.verbose and conversation.last is not None:
+        say(statistics(conversation.last))
+
+
+def _branch(spoken: Spoken, session: ChatSession) -> Branch | None:
     """Let the user choose another token: what stands before it, and how the reply goes on."""
     tokenizer = session.model.tokenizer
     if not can_walk():
@@ -140,21 +167,22 @@ def _walk(spoken: Spoken, session: ChatSession) -> Branch | None:
 
 
 def _stream(
-    reply: Generator[Event, None, None], shading: Shading, before: Sequence[Text] = ()
+    reply: Generator[Event, None, None], view: ReplyView, before: Sequence[Text] = ()
 ) -> Done | None:
     """Show a reply as it comes. Ctrl-C stops it; what was said stays in the conversation."""
     done = None
-    with typed_unseen(), ReplyView(shading) as view:
+    shown = interruptible(reply)
+    with typed_unseen(), view, closing(shown):
         for piece in before:
             view.show(piece)
-        for event in interruptible(reply):
+        for event in shown:
             view.show(event)
             if isinstance(event, Done):
                 done = event
     return done
 
 
-def _compare(effect: Compare, talk: Talk) -> Done | None:
+def _compared(effect: Compare, talk: Talk) -> Done | None:
     """Show several replies, and let the user choose one to go on from."""
     models = Models(talk.opened, talk.run)
     comparison = Comparison(talk.opened.session, effect.specs, use=models.use)
@@ -168,3 +196,14 @@ def _compare(effect: Compare, talk: Talk) -> Done | None:
         return None
     say(f"[going on from {comparison.specs[offered[chosen - 1]].text}]")
     return comparison.choose(offered[chosen - 1])
+
+
+PERFORMERS: Mapping[type[Effect], Callable[[Any, Talk], None]] = {
+    Say: _say,
+    Answer: _answer,
+    Compare: _compare,
+    Copy: _copy,
+    Edit: _edit,
+    Switch: _switch,
+    Walk: _walk,
+}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from llamachat.chat.code_blocks import code_blocks
 from llamachat.chat.commands import statistics
 from llamachat.chat.events import (
     Done,
@@ -15,23 +18,28 @@ from llamachat.chat.events import (
     Prefill,
     Probabilities,
     Probability,
+    Summarizing,
     Tails,
     Text,
     Trimmed,
 )
+from llamachat.chat.keeping import Found
 from llamachat.chat.reply import spell
 from llamachat.errors import UsageError
-from llamachat.terminal.failure import say
+from llamachat.terminal.failure import Notices, say, understood
 from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session
 from llamachat.terminal.output import Lines, write
 from llamachat.terminal.progress import PrefillProgress
-from llamachat.terminal.stream import loop_notice, trimmed_notice
+from llamachat.terminal.saving import is_named, keeping, wanted
+from llamachat.terminal.stream import loop_notice, overflow_notice
 from llamachat.terminal.tails import TextOverTails
 from llamachat.tokenizer import Tokenizer
 
 
-def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
+def answer(
+    question: str, run: Run, *, json: bool, stream: bool | None, extract: bool = False
+) -> None:
     """Ask once and write the answer.
 
     Args:
@@ -39,25 +47,35 @@ def answer(question: str, run: Run, *, json: bool, stream: bool | None) -> None:
         run: how.
         json: one object instead of text; with `stream` True, one event a line.
         stream: None is True for text and False for JSON.
+        extract: of the text the first block of code alone; if it has none, all of it.
 
     Raises:
         KeyboardInterrupt: the reply was interrupted; what there was of it is written.
-        UsageError: log-probabilities were asked for without JSON to hold them.
+        UsageError: log-probabilities were asked for without JSON to hold them, or an extract of it.
     """
+    if extract and json:
+        raise UsageError("--extract takes code from text, not from --json")
     if run.logprobs and not json:
         raise UsageError("--logprobs needs --json")
+    run, found = wanted(run)
     if json and stream:
-        done = _stream_events(question, run)
+        done = _stream_events(question, run, found)
     else:
         opened = open_session(run)
-        events = interruptible(opened.session.send(question))
-        if json:
-            *_, last = events
-            assert isinstance(last, Done)
-            done = last
-            write(_json(report(done, opened)))
-        else:
-            done = _write_text(events, run, together=stream is False)
+        together: Callable[[str], str] | None = str if stream is False else None
+        if extract:
+            together = partial(_first_code, notice=run.notices)
+        with (
+            keeping(opened, run, found, saves=is_named(run)),
+            closing(interruptible(opened.session.send(question))) as events,
+        ):
+            if json:
+                *_, last = events
+                assert isinstance(last, Done)
+                done = last
+                write(_json(report(done, opened)))
+            else:
+                done = _write_text(events, run, together=together)
     if done.finish_reason == "loop":
         run.notices(loop_notice(done))
     if run.verbose:
@@ -83,7 +101,7 @@ def report(done: Done, opened: Opened) -> dict[str, Any]:
         "token_ids": list(done.token_ids),
         "seed": done.seed,
         "strategy": dict(done.strategy),
-        "truncated": asdict(done.trimmed),
+        "truncated": {k: v for k, v in asdict(done.trimmed).items() if v is not None},
         **({"speculation": asdict(speculation)} if speculation else {}),
         "timings": {
             "load_s": round(opened.load_s, 4),
@@ -97,23 +115,32 @@ def report(done: Done, opened: Opened) -> dict[str, Any]:
     }
 
 
-def _write_text(events: Iterator[Event], run: Run, *, together: bool) -> Done:
-    """Write text as it comes, or together at the end; exactly one final newline."""
+def _first_code(text: str, notice: Notices) -> str:
+    blocks = code_blocks(text)
+    if not blocks:
+        notice("the answer has no block of code: this is all of it")
+    return blocks[0].code if blocks else text
+
+
+def _write_text(
+    events: Iterator[Event], run: Run, *, together: Callable[[str], str] | None
+) -> Done:
+    """Write text as it comes, or what is made of it together; exactly one final newline."""
     done, out, progress = None, TextOverTails(), PrefillProgress(quiet=run.notices.quiet)
     lines = Lines(out.write)
     try:
         for event in events:
             if isinstance(event, Prefill):
                 progress.show(event)
-            elif isinstance(event, Text) and not together:
+            elif isinstance(event, Text) and together is None:
                 lines.write(event.text)
-            elif isinstance(event, Tails) and not together:
+            elif isinstance(event, Tails) and together is None:
                 out.show(event)
-            elif isinstance(event, Trimmed):
-                run.notices(trimmed_notice(event))
+            elif isinstance(event, Summarizing | Trimmed):
+                run.notices(overflow_notice(event))
             elif isinstance(event, Done):
                 done = event
-                lines.write(event.text if together else "")
+                lines.write(together(event.text) if together else "")
     finally:
         progress.clear()
         out.clear()
@@ -122,25 +149,28 @@ def _write_text(events: Iterator[Event], run: Run, *, together: bool) -> Done:
     return done
 
 
-def _stream_events(question: str, run: Run) -> Done:
+def _stream_events(question: str, run: Run, found: Found | None) -> Done:
     """One JSON object a line: start, prefill, token, done; or error."""
     done = None
     try:
         opened = open_session(run)
-        _write_event("start", model=opened.model.name, revision=opened.model.located.revision)
-        for event in interruptible(opened.session.send(question)):
-            if isinstance(event, Prefill):
-                _write_event("prefill", **asdict(event))
-            elif isinstance(event, Text):
-                known = event.probabilities
-                told = {"logprobs": [_logprobs(known, opened.model.tokenizer)]} if known else {}
-                _write_event("token", text=event.text, **told)
-            elif isinstance(event, Done):
-                done = event
-                _write_event("done", **report(done, opened))
+        write_event("start", model=opened.model.name, revision=opened.model.located.revision)
+        with (
+            keeping(opened, run, found, saves=is_named(run)),
+            closing(interruptible(opened.session.send(question))) as events,
+        ):
+            for event in events:
+                if isinstance(event, Prefill):
+                    write_event("prefill", **asdict(event))
+                elif isinstance(event, Text):
+                    known = event.probabilities
+                    told = {"logprobs": [_logprobs(known, opened.model.tokenizer)]} if known else {}
+                    write_event("token", text=event.text, **told)
+                elif isinstance(event, Done):
+                    done = event
+                    write_event("done", **report(done, opened))
     except Exception as error:
-        exit_code, hint = getattr(error, "exit_code", 1), getattr(error, "hint", None)
-        _write_event("error", message=str(error), hint=hint, exit_code=exit_code)
+        write_failure(error)
         raise
     assert done is not None, "a reply ends with Done"
     return done
@@ -166,7 +196,15 @@ def _rate(tokens: int, seconds: float) -> float | None:
     return round(tokens / seconds, 2) if seconds > 0 and tokens > 0 else None
 
 
-def _write_event(kind: str, **values: Any) -> None:
+def write_failure(error: Exception) -> None:
+    """The event of a failure."""
+    known = understood(error)
+    exit_code, hint = getattr(known, "exit_code", 1), getattr(known, "hint", None)
+    write_event("error", message=str(known), hint=hint, exit_code=exit_code)
+
+
+def write_event(kind: str, **values: Any) -> None:
+    """One line of streamed JSON."""
     write(_json({"event": kind, **values}))
 
 

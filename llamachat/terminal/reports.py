@@ -82,7 +82,7 @@ def _write_table(rows: Iterable[Row]) -> None:
             last = row
     finally:
         if last is not None:
-            write(f"\nllamachat {last['version']}, {last['cpu']}\n")
+            write(f"\nllamachat {last['version']}, {last['gpu'] or last['cpu']}\n")
 
 
 def _write_line(cells: Iterable[str]) -> None:

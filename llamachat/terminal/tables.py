@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from llamachat.chat.builtin import template_for
 from llamachat.chat.templates import JinjaTemplate, Message, PlainTemplate, encode, render
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import ModelNotFoundError, UsageError
+from llamachat.library import told_size
 from llamachat.library.catalog import find, of_repo
 from llamachat.library.forecast import token_bytes
 from llamachat.library.loads import last_used
@@ -24,7 +26,7 @@ from llamachat.terminal.failure import say
 from llamachat.terminal.output import write
 from llamachat.terminal.results import dated_lines
 
-MB = 1e6
+Column: TypeAlias = tuple[str, list[str]]  # its heading, and all of its cells
 _EXAMPLE = [Message(role, "{" + role + "}") for role in ("system", "user", "assistant", "user")]
 
 
@@ -116,7 +118,8 @@ def remove(names: Sequence[str], *, yes: bool, revision: str | None = None) -> N
             say("llamachat: nothing was deleted")
             return
     for name, located in found.items():
-        say(f"llamachat: {name}: {delete(located, one_revision=one[name]) / MB:,.0f} MB freed")
+        freed = told_size(delete(located, one_revision=one[name]))
+        say(f"llamachat: {name}: {freed} freed")
 
 
 def show_findings(findings: Mapping[str, Any], *, json: bool) -> None:
@@ -164,14 +167,42 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
     return rows
 
 
-def write_columns(rows: Sequence[tuple[str, ...]]) -> None:
-    """Rows of as many cells each, every column as wide as its widest cell."""
-    if not rows:
-        return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        write("  ".join([*cells, row[-1]]).rstrip() + "\n")
+def told_params(n_params: int) -> str:
+    """Parameters as people say them: "135M", "8.03B"."""
+    return f"{n_params / 1e9:.3g}B" if n_params >= 1e9 else f"{n_params / 1e6:.3g}M"
+
+
+def write_columns(
+    rows: Sequence[tuple[str, ...]], *, right: Collection[str] = (), least: Collection[str] = ()
+) -> None:
+    """Rows of as many cells each, every column as wide as its widest cell.
+
+    Args:
+        rows: where columns are named below, the first one has their headings.
+        right: columns that are aligned to the right.
+        least: columns that a terminal without room for all goes without, the first of them first;
+            there, those without a cell are left out as well.
+    """
+    columns = [(cell, [row[i] for row in rows]) for i, cell in enumerate(rows[0])] if rows else []
+    if least and sys.stdout.isatty():
+        columns = _narrowed(columns, least, shutil.get_terminal_size().columns)
+    padded = [
+        [cell.rjust(width) if name in right else cell.ljust(width) for cell in cells]
+        for name, cells in columns
+        for width in [max(map(len, cells))]
+    ]
+    for cells in zip(*padded, strict=True):
+        write("  ".join(cells).rstrip() + "\n")
+
+
+def _narrowed(columns: list[Column], least: Collection[str], width: int) -> list[Column]:
+    """Those columns that say something, as many as have room."""
+    columns = [(name, cells) for name, cells in columns if any(cells[1:]) or name not in least]
+    for dropped in least:
+        if sum(max(map(len, cells)) + 2 for _, cells in columns) - 2 <= width:
+            break
+        columns = [column for column in columns if column[0] != dropped]
+    return columns
 
 
 def write_json(value: Any) -> None:

@@ -25,12 +25,14 @@ class TextOverTails:
         self._watched = sys.stdout.isatty() and not settings.terminal_is_dumb()
         self._showing = False
         self._column = 0
+        self._at_line_start = True
 
     def write(self, text: str, *, look: Callable[[str], str] = str) -> None:
         """Take the continuations away, and go on where the text ended."""
         self.clear()
         write(text, look=look)
         self._column = self._column_after(shown(text)) if self._watched else 0
+        self._at_line_start = text.endswith("\n") if text else self._at_line_start
 
     def show(self, tails: Tails) -> None:
         """Show these continuations in place of the last ones."""
@@ -42,10 +44,16 @@ class TextOverTails:
             return  # a terminal forgets that its line is full when the cursor moves
         below = tails.tails[: lines - 2]
         room = f"{DOWN * len(below)}\033[{len(below)}A" if below else ""
-        listed = "".join(f"\r\n{DIM}{_line(tail, columns - 1)}{PLAIN}" for tail in below)
+        listed = "".join(f"\r\n{DIM}{tail_line(tail, columns - 1)}{PLAIN}" for tail in below)
         sys.stdout.write(f"{room}{SAVE}{listed}{RESTORE}")
         sys.stdout.flush()
         self._showing = True
+
+    def end(self) -> None:
+        """Nothing follows; the last line is ended."""
+        self.clear()
+        if not self._at_line_start:
+            self.write("\n")
 
     def clear(self) -> None:
         """Take the continuations away."""
@@ -65,7 +73,7 @@ class TextOverTails:
         return column
 
 
-def _line(tail: OpenText, columns: int) -> str:
+def tail_line(tail: OpenText, columns: int) -> str:
     """A score, and the end of a continuation, cut to fit."""
     score = f"{tail.score:8.3f}  "
     text = one_line(shown(tail.text))

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import difflib
 
-from llamachat.chat.commands import turns, values, views
+from llamachat.chat.commands import context, edits, files, models, replies, turns, values, views
 from llamachat.chat.commands.effects import (
     Answer,
+    Choices,
     Command,
     Compare,
     Conversation,
+    Copy,
+    Edit,
     Effect,
+    FileName,
     Leave,
+    ModelName,
     Say,
+    Switch,
     Walk,
 )
 from llamachat.chat.commands.values import SETTINGS
@@ -24,14 +30,22 @@ __all__ = [
     "SETTINGS",
     "VIEWS",
     "Answer",
+    "Choices",
     "Command",
     "Compare",
     "Conversation",
+    "Copy",
+    "Edit",
     "Effect",
+    "FileName",
     "Leave",
+    "ModelName",
     "Say",
+    "Switch",
     "Walk",
+    "as_typed",
     "interpret",
+    "interpret_early",
     "statistics",
 ]
 
@@ -46,7 +60,31 @@ def interpret(line: str, conversation: Conversation) -> Effect:
         question = _unquoted(line.removeprefix("/"))
         if not question.strip():
             raise UsageError("there is nothing to ask between the quotes")
-        return Answer(conversation.session.send(question))
+        return Answer(edits.send(conversation, question))
+    command, argument = _command(line)
+    return command.perform(conversation, argument)
+
+
+def interpret_early(line: str) -> Effect | None:
+    """A line that is typed while the model is not loaded yet; None: it has to wait for that.
+
+    Raises:
+        UsageError: no such command, or its arguments are wrong.
+    """
+    if not line.startswith("/") or line.startswith("//"):
+        return None
+    command, argument = _command(line)
+    return command.early(argument) if command.early else None
+
+
+def as_typed(question: str) -> str:
+    """The line that asks this question, whatever it begins with."""
+    if question.lstrip().startswith('"""'):
+        return f'"""\n{question}\n"""'
+    return f"/{question}" if question.startswith("/") else question
+
+
+def _command(line: str) -> tuple[Command, str]:
     name, *argument = line[1:].split(maxsplit=1) if line[1:2].strip() else [""]
     command = COMMANDS.get(name)
     if command is None:
@@ -55,7 +93,7 @@ def interpret(line: str, conversation: Conversation) -> Effect:
             f"/{name}: no such command",
             hint=f"did you mean /{near[0]}?" if near else "/help lists them; // sends a slash",
         )
-    return command.perform(conversation, "".join(argument).strip())
+    return command, "".join(argument).strip()
 
 
 def _unquoted(line: str) -> str:
@@ -65,23 +103,33 @@ def _unquoted(line: str) -> str:
     return bare[3:-3].strip("\n") if enclosed else line
 
 
-def _help(_: Conversation, name: str) -> Effect:
+def _help(name: str) -> Effect:
     command = COMMANDS.get(name.removeprefix("/"))
     if name and command is None:
         raise UsageError(f"/help {name}: no such command", hint="/help lists them")
-    shown = [command] if command else list(COMMANDS.values())
+    if command is not None:
+        return Say("\n".join(filter(None, (f"{command.usage}  {command.help}", command.more))))
+    shown = COMMANDS.values()
     width = max(len(c.usage) for c in shown)
     return Say("\n".join(f"{c.usage:<{width}}  {c.help}" for c in shown))
 
 
-def _exit(_: Conversation, __: str) -> Effect:
-    return Leave()
-
-
-COMMANDS: dict[str, Command] = {
-    "help": Command("/help [CMD]", "what can be typed", _help),
-    "exit": Command("/exit", "leave (Ctrl-D)", _exit),
+COMMANDS: dict[str, Command] = {}
+COMMANDS |= {
+    "help": Command(
+        "/help [CMD]",
+        "what can be typed",
+        lambda _, name: _help(name),
+        Choices(COMMANDS.keys()),
+        _help,
+    ),
+    "exit": Command("/exit", "leave (Ctrl-D)", lambda _, __: Leave(), early=lambda _: Leave()),
     **turns.COMMANDS,
+    **edits.COMMANDS,
+    **context.COMMANDS,
+    **models.COMMANDS,
+    **replies.COMMANDS,
     **values.COMMANDS,
     **views.COMMANDS,
+    **files.COMMANDS,
 }

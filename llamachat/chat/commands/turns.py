@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamachat.chat.commands.effects import Answer, Command, Compare, Conversation, Effect, Say
-from llamachat.chat.specs import DEFAULTS, parse_spec
+from llamachat.chat.commands.effects import (
+    Answer,
+    Choices,
+    Command,
+    Compare,
+    Conversation,
+    Effect,
+    FileName,
+    Say,
+)
+from llamachat.chat.files import read_text
+from llamachat.chat.options import STRATEGIES
+from llamachat.chat.specs import DEFAULT, DEFAULTS, parse_spec
 from llamachat.errors import UsageError
 
 
@@ -38,34 +49,48 @@ def _compare(conversation: Conversation, argument: str) -> Effect:
 
 def _undo(conversation: Conversation, argument: str) -> Effect:
     if argument and not (argument.isdecimal() and int(argument)):
-        raise UsageError(f"/undo {argument}: expected a number of turns")
-    gone = conversation.session.undo(int(argument or 1))
-    turns = conversation.session.turns
-    return Say(f"Took back {gone} turn(s); {turns} left." if gone else "Nothing to take back.")
+        raise UsageError(f"/undo {argument}: expected a number of changes")
+    session = conversation.session
+    gone = session.changes[-int(argument or 1) :]
+    if not session.undo(len(gone)):
+        return Say("Nothing to take back.")
+    turns = session.turns
+    left = f"{turns or 'no'} turn{'s' * (turns != 1)} left"
+    return Say(f"Took back {', '.join(reversed(gone))}; {left}.")
 
 
 def _system(conversation: Conversation, argument: str) -> Effect:
     if not argument:
         return Say(conversation.session.system or "(no system message)")
+    said = ["The system message is set; it holds from the next turn on."]
     if argument.startswith("@"):
-        path = Path(argument[1:]).expanduser()
-        try:
-            argument = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: cannot be read as text: {error}") from error
+        problems: list[str] = []
+        argument = read_text(Path(argument[1:]), problems.append).strip()
+        said = [*problems, *said]
     conversation.session.system = argument
-    return Say("The system message is set; it holds from the next turn on.")
+    return Say("\n".join(said))
 
 
 COMMANDS: dict[str, Command] = {
     "clear": Command("/clear", "forget the conversation, keep the system message", _clear),
-    "regen": Command("/regen [seed N]", "answer the last question anew", _regen),
+    "regen": Command(
+        "/regen [seed N]", "answer the last question anew", _regen, Choices(("seed",))
+    ),
     "continue": Command("/continue", "go on with a reply that was cut", _continue),
     "compare": Command(
         "/compare [SPEC...]",
         "answer the last question in several ways: greedy, beam:4, top-p:0.9,seed=7...",
         _compare,
+        Choices((DEFAULT, *STRATEGIES), repeats=True),
     ),
-    "undo": Command("/undo [N]", "take back the last N turns", _undo),
-    "system": Command("/system [TEXT|@FILE]", "show or set the system message", _system),
+    "undo": Command(
+        "/undo [N]",
+        "take back the last turn or change, or the last N",
+        _undo,
+        more="A turn goes with its reply. After /regen, /continue, /edit, /edit-reply, /clear, "
+        "/load, /system,\na branch or a choice of /compare, what was before it is back.",
+    ),
+    "system": Command(
+        "/system [TEXT|@FILE]", "show or set the system message", _system, FileName("@")
+    ),
 }

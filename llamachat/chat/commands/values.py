@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from llamachat.chat.commands.effects import Command, Conversation, Effect, Say
-from llamachat.chat.options import PARSERS, parse_value
+from llamachat.chat.commands.effects import Choices, Command, Conversation, Effect, Say
+from llamachat.chat.context import check_overflow
+from llamachat.chat.options import PARSERS, STRATEGIES, parse_value
+from llamachat.chat.sources import saying
 from llamachat.engine.decoding import check_one_row
+from llamachat.engine.parameters import ORDERS
 from llamachat.errors import UsageError
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -17,6 +20,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "max_new_tokens": int,
     "speculate": int,
     "stop_loops": int,
+    "overflow": check_overflow,
 }
 
 # Of the session, not of how it decodes: the default, and the least.
@@ -24,6 +28,12 @@ BOUNDS: dict[str, tuple[int | None, int]] = {
     "max_new_tokens": (None, 1),
     "speculate": (0, 0),
     "stop_loops": (0, 0),
+}
+
+VALUES: dict[str, Collection[str]] = {  # of the settings whose values are words
+    "strategy": STRATEGIES,
+    "early_stopping": ("true", "false", "never"),
+    "samplers": tuple(ORDERS),
 }
 
 
@@ -38,7 +48,9 @@ def _set(conversation: Conversation, argument: str) -> Effect:
     kind = SETTINGS[key]
     session = conversation.session
     parsed = None if value == "default" else parse_value(f"/set {key}", value, kind)
-    if key in BOUNDS:
+    if key == "overflow":
+        session.overflow = parsed or "trim"
+    elif key in BOUNDS:
         default, least = BOUNDS[key]
         if parsed is not None and parsed < least:
             raise UsageError(f"/set {key}: found {value}, expected {least} or more")
@@ -46,8 +58,9 @@ def _set(conversation: Conversation, argument: str) -> Effect:
         if key == "speculate":
             check_one_row(session.options.decoding(), draft=number or 0)
         setattr(session, key, number)
+        session.options = session.options.by_you(key)
     else:
-        options = session.options.saying(**{key: parsed})
+        options = saying(session.options, **{key: parsed})
         decoding = options.decoding(session.model.tokenizer)
         check_one_row(decoding, draft=session.speculate, logprobs=session.logprobs)
         session.options = options
@@ -86,10 +99,22 @@ def _string(argument: str) -> str:
 
 
 COMMANDS: dict[str, Command] = {
-    "set": Command("/set KEY VALUE", "change an option; the value 'default' takes it back", _set),
+    "set": Command(
+        "/set KEY VALUE",
+        "change an option; the value 'default' takes it back",
+        _set,
+        Choices(
+            SETTINGS, after={key: Choices((*VALUES.get(key, ()), "default")) for key in SETTINGS}
+        ),
+    ),
     "strategy": Command(
-        "/strategy [NAME]", "show or set how it decodes: greedy, top-p:0.9, beam:4...", _strategy
+        "/strategy [NAME]",
+        "show or set how it decodes: greedy, top-p:0.9, beam:4...",
+        _strategy,
+        Choices(STRATEGIES),
     ),
     "seed": Command("/seed N", "the seed of every draw from now on", _seed),
-    "stop": Command("/stop [STR|off]", "one more text that ends a reply, or none", _stop),
+    "stop": Command(
+        "/stop [STR|off]", "one more text that ends a reply, or none", _stop, Choices(("off",))
+    ),
 }

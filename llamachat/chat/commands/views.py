@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Callable
 
-from llamachat.chat.commands.effects import Command, Conversation, Effect, Say, Walk
+from llamachat.chat.commands.effects import Choices, Command, Conversation, Effect, Say, Walk
 from llamachat.chat.events import Done
 from llamachat.chat.options import shown
 from llamachat.chat.spoken import Spoken, listing
@@ -31,14 +31,18 @@ def _params(conversation: Conversation) -> str:
     seed = session.options.said.seed
     last = conversation.last
     drawn = f"{last.seed}" if last and last.seed is not None else "drawn"
-    rows.append(("seed", drawn if seed is None else str(seed), "drawn" if seed is None else "you"))
+    by = options.origin
+    rows.append(("seed", drawn, "drawn") if seed is None else ("seed", str(seed), by("seed")))
     limit = session.max_new_tokens
-    rows.append(("max_new_tokens", str(limit or "what is left"), "you" if limit else "built in"))
+    told = by("max_new_tokens") if limit else "built in"
+    rows.append(("max_new_tokens", str(limit or "what is left"), told))
     for name in ("speculate", "stop_loops", "logprobs"):
         if said := getattr(session, name):
-            rows.append((name, str(said), "you"))
+            rows.append((name, str(said), by(name)))
+    if session.overflow != "trim":
+        rows.append(("overflow", session.overflow, by("overflow")))
     if session.stop:
-        rows.append(("stop", json.dumps(session.stop, ensure_ascii=False), "you"))
+        rows.append(("stop", json.dumps(session.stop, ensure_ascii=False), by("stop")))
     return "\n".join(f"{name:<22}{value:<14}  {origin}" for name, value, origin in rows)
 
 
@@ -113,6 +117,7 @@ COMMANDS: dict[str, Command] = {
         "/probs [K|off]",
         "colour replies by probability, with K alternatives; alone: walk and choose another",
         _probs,
+        Choices(("off",)),
     ),
-    "show": Command("/show WHAT", ", ".join(VIEWS), _show),
+    "show": Command("/show WHAT", ", ".join(VIEWS), _show, Choices(VIEWS)),
 }

@@ -4,13 +4,14 @@ Passes of up to `FEW` tokens multiply packed weights with activations at 8 bits;
 a CUDA graph when its shape comes for the second time. Longer ones unpack weights to bfloat16, a
 part at a time, and are `Reference` otherwise.
 
-Six kernels a layer: a norm is computed by the sum that comes before it, whose `linear_add` waits
+Five kernels a layer: a norm is computed by the sum that comes before it, whose `linear_add` waits
 for what follows; only the norm's divisor is left to the product, which it is a factor of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor
 from llamachat.errors import UsageError, WillNotFitError
 from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Norm, Weight, reference
 from llamachat.kernels.cuda import structures
-from llamachat.kernels.cuda.compiler import Compiler, Kernel
-from llamachat.kernels.cuda.passes import Pass, Shape
+from llamachat.kernels.cuda.attention import Asked, Attention, pointer
+from llamachat.kernels.cuda.compiler import Compiler
+from llamachat.kernels.cuda.passes import Pass, Queue, Shape, moved
 from llamachat.kernels.cuda.prompts import Prompts
+from llamachat.kernels.cuda.staging import Stage
 from llamachat.kernels.cuda.weights import BLOCK, Packed, pack
 from llamachat.quant.tensor import QTensor
 
@@ -29,18 +32,16 @@ __all__ = ["Cuda"]
 
 FEW = 16  # tokens that a weight is read packed for
 THREADS = 128
+TUNED_ON = "NVIDIA H100 80GB HBM3"
 STORE, ADD, SWIGLU = range(3)
-CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Of products by mode and tokens: rows of a warp, units of each on their way, and blocks that a
-# processor shall have room for. Measured on an H100 with shapes of a 7B model.
+# processor shall have room for. Measured on `TUNED_ON` with shapes of a 7B model.
 TILES = {
-    STORE: {1: (4, 1, 3), 2: (4, 1, 2), 4: (4, 1, 2), 8: (4, 1, 2)},
-    ADD: {1: (1, 1, 1), 2: (1, 1, 1), 4: (2, 1, 1), 8: (4, 1, 1)},
-    SWIGLU: {1: (4, 1, 3), 2: (4, 1, 2), 4: (4, 1, 2), 8: (4, 1, 2)},
+    STORE: {1: (4, 1, 3), 2: (4, 1, 2), 4: (2, 1, 2), 8: (4, 1, 2)},
+    ADD: {1: (2, 2, 1), 2: (1, 1, 1), 4: (2, 1, 1), 8: (4, 1, 1)},
+    SWIGLU: {1: (4, 1, 3), 2: (4, 1, 2), 4: (8, 1, 3), 8: (4, 1, 2)},
 }
 LARGEST_HEAD = 256  # elements
-SHARED_HEADS = 4  # query heads that a block of attention has at most
-BLOCKS_PER_SM, LEAST_SPLIT, MOST_SPLITS = 4, 32, 32  # of attention; entries of a split
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Cuda(reference.Reference):
     """
 
     name = "cuda"
+    queues = True
 
     def __init__(
         self, device: torch.device | str = "cuda:0", dtype: torch.dtype = torch.bfloat16
@@ -89,10 +91,16 @@ class Cuda(reference.Reference):
         super().__init__(device, dtype)
         self._compiler = Compiler(self.device)
         self._prompts = Prompts(self._compiler, self.device)
-        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._stage = Stage(self.device)
+        self._attention = Attention(self._compiler, self.device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._queue = Queue()
         self._sum: _Sum | None = None
         self._is_pass = False
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """On the GPU; copied while the host goes on."""
+        return self._stage(tensor)
 
     def pack(
         self,
@@ -103,7 +111,12 @@ class Cuda(reference.Reference):
         lookup: bool = False,
     ) -> Weight:
         """Parts one after the other, each in the form it came in."""
-        return pack(parts, bias, self.device)
+        return pack(parts, bias, self.place)
+
+    def rehearsal(self, progress: Callable[[int, int], None]) -> AbstractContextManager[None]:
+        """See `Compiler.rehearsal`: passes inside give nothing but kernels that are compiled."""
+        self._stage.close()
+        return self._compiler.rehearsal(progress)
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Slots:
         """Memory on the GPU, of zeros.
@@ -136,8 +149,11 @@ class Cuda(reference.Reference):
         try:
             with torch.inference_mode(), torch.cuda.device(self.device):
                 if len(batch.ids) > FEW:
+                    self._queue.wait()
                     self._read(batch)
-                    return forward(batch.to(self.device))
+                    logits = forward(moved(batch, self.device))
+                    self._queue.add()
+                    return logits
                 self._is_pass, self._sum = True, None
                 return self._few(forward, batch, {} if cache is None else cache.passes)
         except torch.OutOfMemoryError as error:
@@ -190,45 +206,13 @@ class Cuda(reference.Reference):
 
     def attention(self, qkv: Tensor, angles: Angles, batch: Batch, cache: Cache, layer: int) -> Act:
         """(T, (H + 2K) E) -> (T, H E)."""
-        tokens, shape = len(qkv), cache.shape
-        heads = qkv.shape[1] // shape.head_dim - 2 * shape.n_kv_heads
-        if tokens > FEW and cache.keys.dtype != torch.bfloat16:
-            return super().attention(qkv, angles, batch, cache, layer)
-        tile = min(heads // shape.n_kv_heads, SHARED_HEADS)
-        blocks = shape.n_kv_heads * _ceil(heads // shape.n_kv_heads, tile)
-        splits = self._splits(blocks * tokens, batch.table.shape[1])
-        scales = (None, None) if cache.scales is None else cache.scales[:, layer]
-        args = structures.Attention(
-            *map(_pointer, (qkv, *angles, batch.row, batch.slot, batch.seen, batch.table)),
-            *map(_pointer, (cache.keys[layer], cache.values[layer], *scales)),
-            slots=cache.keys.shape[2],
-            table_stride=batch.table.stride(0),
-            heads=heads,
-            kv_heads=shape.n_kv_heads,
-            splits=splits,
-            is_stored=tokens > 1,
-        )
-
-        def kernel(name: str) -> Kernel:
-            form = CACHES[cache.keys.dtype]
-            return self._compiler.kernel(
-                "attention.cu", name, HEAD_DIM=shape.head_dim, HEADS=tile, CACHE=form
-            )
-
-        if tokens > 1:  # which see each other
-            kernel("store")((shape.n_kv_heads, tokens), 32, args)
-        if tokens > FEW:
-            q = qkv.new_empty((tokens, heads, shape.head_dim), dtype=torch.bfloat16)
-            args.partial = q.data_ptr()
-            kernel("turn")((heads, tokens), 32, args)
-            return self._attended(q, cache, layer).reshape(tokens, -1)
-        out = self._acts(tokens, heads * shape.head_dim)
-        partial = self._floats(tokens * heads * splits, shape.head_dim)
-        weights = self._floats(tokens * heads * splits, 2)
-        args.partial, args.weights = partial.data_ptr(), weights.data_ptr()
-        args.out = out.struct
-        kernel("attend")((blocks, splits, tokens), THREADS, args)
-        kernel("combine")((_ceil(out.struct.blocks, THREADS // 32), tokens), THREADS, args)
+        asked = Asked(qkv, angles, batch, cache, layer)
+        if asked.tokens > FEW:
+            if cache.keys.dtype != torch.bfloat16:
+                return super().attention(qkv, angles, batch, cache, layer)
+            return self._attended(self._attention.turned(asked), cache, layer).flatten(1)
+        out = self._acts(asked.tokens, asked.heads * cache.shape.head_dim)
+        self._attention.attend(asked, out.struct)
         return out
 
     def linear_add(self, x: Act, weight: Weight, h: Tensor) -> None:
@@ -271,7 +255,7 @@ class Cuda(reference.Reference):
         shape = Shape.of(batch)
         if known := passes.get(shape):
             return known.replay(forward, batch, self._pool)
-        passes[shape] = Pass(shape, self.device)
+        passes[shape] = Pass(shape, self._compiler, self.device)
         return passes[shape].run(forward, batch)
 
     def _normed(self, h: Tensor, norm: Norm) -> Coded:
@@ -288,7 +272,7 @@ class Cuda(reference.Reference):
         return self._code(x, self._acts(x.shape[0], x.shape[1]), None)
 
     def _code(self, x: Tensor, out: Coded, gain: Tensor | None) -> Coded:
-        args = structures.Code(out.struct, x.data_ptr(), _pointer(gain))
+        args = structures.Code(out.struct, x.data_ptr(), pointer(gain))
         kernel = self._compiler.kernel("stream.cu", "code", WEIGHTS=0)
         kernel((_ceil(out.struct.blocks, THREADS // 32), len(x)), THREADS, args)
         return out
@@ -333,10 +317,10 @@ class Cuda(reference.Reference):
         )
         args = structures.Linear(
             x=x.struct,
-            bias=_pointer(weight.bias),
-            gain=_pointer(gain),
-            wanted=_pointer(wanted),
-            y=_pointer(y),
+            bias=pointer(weight.bias),
+            gain=pointer(gain),
+            wanted=pointer(wanted),
+            y=pointer(y),
             width=weight.shape[0],
             n_parts=len(weight.parts),
             tokens=tokens,
@@ -369,18 +353,9 @@ class Cuda(reference.Reference):
         )
         return Coded(struct, memory, tokens)
 
-    def _splits(self, blocks: int, entries: int) -> int:
-        """Parts of the context, so that all processors have some."""
-        wanted = _ceil(BLOCKS_PER_SM * self._processors, blocks)
-        return max(1, min(wanted, entries // LEAST_SPLIT, MOST_SPLITS))
-
     def _floats(self, n: int, width: int) -> Tensor:
         return torch.empty((n, width), dtype=torch.float32, device=self.device)
 
 
 def _ceil(n: int, by: int) -> int:
     return -(-n // by)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -1,5 +1,6 @@
 // Attention of a few tokens over the slot table, split along the context so that all of the GPU
-// reads keys: `attend` gives partial results, `combine` adds them up and brings them to 8 bits.
+// reads keys: `attend` gives partial results. They are added up and brought to 8 bits by the last of
+// the blocks that share a head, or by `combine` where 32 elements are not of one head.
 // Compiled for HEAD_DIM, HEADS (query heads of a block, which share a kv head) and CACHE.
 #include "common.cuh"
 
@@ -8,7 +9,8 @@ enum CacheForm { kF32, kBf16, kInt8 };
 constexpr int kLanes = HEAD_DIM <= 8 ? 1 : HEAD_DIM <= 16 ? 2 : HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8
     : HEAD_DIM <= 128 ? 16 : 32;
 constexpr int kEntries = kWarp / kLanes;    // of a warp at once
-constexpr int kWarps = 4, kAhead = 4;
+constexpr int kWarps = 16;
+constexpr int kAhead = (HEADS > 1 ? 2 : 4) / (CACHE == kF32 ? 2 : 1);  // entries of a lane on their way
 constexpr int kHalf = HEAD_DIM / 2;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeast = -1e30f;
@@ -28,6 +30,7 @@ struct Attention {
     float* value_scales;
     float* partial;        // (T, H, splits, E)
     float* weights;        // (T, H, splits, 2): the largest score, times log2(e), and the sum
+    int* tickets;          // a zero for each token and tile of heads; or null: `combine` follows
     Acts out;              // (T, H E)
     int64_t slots;
     int64_t table_stride;
@@ -37,20 +40,36 @@ struct Attention {
     int is_stored;         // whether keys and values of this pass are in the cache already
 };
 
+__device__ __forceinline__ void read8(const float* from, float (&to)[8]) {
+    const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
 // Eight elements from `e` of head `head` of token t, turned.
 __device__ __forceinline__ void turned8(const Attention& a, int64_t t, int head, int e, float (&out)[8]) {
     const float* x = a.qkv + (t * (a.heads + 2 * a.kv_heads) + head) * HEAD_DIM;
+    if constexpr (kHalf % 8 == 0) {
+        const int pair = e % kHalf;
+        float c[8], s[8], first[8], second[8];
+        read8(a.cosines + t * kHalf + pair, c), read8(a.sines + t * kHalf + pair, s);
+        read8(x + pair, first), read8(x + pair + kHalf, second);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int pair = e + i < kHalf ? e + i : e + i - kHalf;
-        const float c = a.cosines[t * kHalf + pair], s = a.sines[t * kHalf + pair];
-        const float first = x[pair], second = x[pair + kHalf];
-        out[i] = e + i < kHalf ? first * c - second * s : first * s + second * c;
+        for (int i = 0; i < 8; ++i)
+            out[i] = e < kHalf ? first[i] * c[i] - second[i] * s[i] : first[i] * s[i] + second[i] * c[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int pair = e + i < kHalf ? e + i : e + i - kHalf;
+            const float c = a.cosines[t * kHalf + pair], s = a.sines[t * kHalf + pair];
+            const float first = x[pair], second = x[pair + kHalf];
+            out[i] = e + i < kHalf ? first * c - second * s : first * s + second * c;
+        }
     }
 }
 
 // Eight elements to row `at` of keys or values; for 8 bits the kLanes lanes of a row act together.
-__device__ __forceinline__ void store8(uint8_t* to, float* scales, int64_t at, int e, bool is_in, const float (&x)[8]) {
+__device__ __forceinline__ void store8(
+    uint8_t* to, float* scales, int64_t at, int e, bool is_in, const float (&x)[8]) {
     if constexpr (CACHE == kInt8) {
         float top = 0;
 #pragma unroll
@@ -63,12 +82,18 @@ __device__ __forceinline__ void store8(uint8_t* to, float* scales, int64_t at, i
         if (e == 0) scales[at] = scale;
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            to[at * HEAD_DIM + e + i] = static_cast<uint8_t>(scale == 0 ? 0 : __float2int_rn(__fdiv_rn(x[i], scale)));
+            to[at * HEAD_DIM + e + i] =
+                static_cast<uint8_t>(scale == 0 ? 0 : __float2int_rn(__fdiv_rn(x[i], scale)));
     } else if (is_in) {
+        const int64_t pair = (at * HEAD_DIM + e) / 2;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if constexpr (CACHE == kF32) reinterpret_cast<float*>(to)[at * HEAD_DIM + e + i] = x[i];
-            else reinterpret_cast<uint16_t*>(to)[at * HEAD_DIM + e + i] = to_bfloat16(x[i]);
+        for (int i = 0; i < 8; i += 2) {
+            if constexpr (CACHE == kF32) {
+                reinterpret_cast<float2*>(to)[pair + i / 2] = make_float2(x[i], x[i + 1]);
+            } else {
+                const uint32_t both = to_bfloat16(x[i]) | to_bfloat16(x[i + 1]) << 16;
+                reinterpret_cast<uint32_t*>(to)[pair + i / 2] = both;
+            }
         }
     }
 }
@@ -81,8 +106,7 @@ __device__ __forceinline__ void append(const Attention& a, int64_t t, int kv_hea
     if (is_in) {
         turned8(a, t, a.heads + kv_head, e, key);
         const float* v = a.qkv + (t * (a.heads + 2 * a.kv_heads) + a.heads + a.kv_heads + kv_head) * HEAD_DIM;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) value[i] = v[e + i];
+        read8(v + e, value);
     }
     const int64_t at = kv_head * a.slots + a.slot[t];
     store8(a.keys, a.key_scales, at, e, is_in, key);
@@ -149,54 +173,69 @@ __device__ __forceinline__ void rescale(State& s, float most) {
     for (int i = 0; i < 8; ++i) s.out[i] *= factor;
 }
 
-__device__ __forceinline__ void attend_to(
-    const Attention& a, const int* table, int kv_head, int begin, int end, int e,
-    const float (&q)[HEADS][8], State (&states)[HEADS]) {
+struct Entries {  // of the context, as a warp reads them: kAhead of each lane
+    Eight keys[kAhead], values[kAhead];
+    float key_scale[kAhead], value_scale[kAhead];
+};
+
+__device__ __forceinline__ int entry_of(int base, int n) {
     const int warp = threadIdx.x / kWarp, sub = threadIdx.x % kWarp / kLanes;
-    const bool is_in = e < HEAD_DIM;
-    for (int base = begin; base < end; base += kWarps * kEntries * kAhead) {
-        Eight keys[kAhead], values[kAhead];
-        float key_scale[kAhead], value_scale[kAhead];
-        bool is_seen[kAhead];
+    return base + (n * kWarps + warp) * kEntries + sub;
+}
+
+__device__ __forceinline__ void read_entry(
+    const Attention& a, const int* table, int kv_head, int entry, int e, int n, Entries& to) {
+    const int64_t at = kv_head * a.slots + table[entry];
+    if (e < HEAD_DIM) {
+        to.keys[n] = load8(a.keys, at * HEAD_DIM + e);
+        to.values[n] = load8(a.values, at * HEAD_DIM + e);
+    }
+    if (CACHE == kInt8) to.key_scale[n] = a.key_scales[at], to.value_scale[n] = a.value_scales[at];
+}
+
+// Those from `base` that are before `end`.
+__device__ __forceinline__ void read_entries(
+    const Attention& a, const int* table, int kv_head, int base, int end, int e, Entries& to) {
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+        to.keys[n] = to.values[n] = Eight{};
+        to.key_scale[n] = to.value_scale[n] = 1.0f;
+        const int entry = entry_of(base, n);
+        if (entry < end) read_entry(a, table, kv_head, entry, e, n, to);
+    }
+}
+
+__device__ __forceinline__ void attend_to(
+    const Entries& entries, int base, int end, const float (&q)[HEADS][8], State (&states)[HEADS]) {
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        float scores[kAhead], most = states[h].most;
 #pragma unroll
         for (int n = 0; n < kAhead; ++n) {
-            const int entry = base + (n * kWarps + warp) * kEntries + sub;
-            is_seen[n] = entry < end;
-            const int64_t at = kv_head * a.slots + (is_seen[n] ? table[entry] : 0);
-            keys[n] = values[n] = Eight{};
-            key_scale[n] = value_scale[n] = 1.0f;
-            if (!is_seen[n]) continue;
-            if (is_in) keys[n] = load8(a.keys, at * HEAD_DIM + e), values[n] = load8(a.values, at * HEAD_DIM + e);
-            if (CACHE == kInt8) key_scale[n] = a.key_scales[at], value_scale[n] = a.value_scales[at];
+            float k[8], dot = 0;
+            as_floats(entries.keys[n], k);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) dot = fmaf(q[h][i], k[i], dot);
+            scores[n] = sum_over<kLanes>(dot) * entries.key_scale[n];
+            most = entry_of(base, n) < end ? fmaxf(most, scores[n]) : most;
         }
+        rescale(states[h], most);
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            float scores[kAhead], most = states[h].most;
+        for (int n = 0; n < kAhead; ++n) {
+            const float share = entry_of(base, n) < end ? exp2f(scores[n] - most) : 0.0f;
+            float v[8];
+            as_floats(entries.values[n], v);
+            states[h].sum += share;
 #pragma unroll
-            for (int n = 0; n < kAhead; ++n) {
-                float k[8], dot = 0;
-                as_floats(keys[n], k);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) dot = fmaf(q[h][i], k[i], dot);
-                scores[n] = sum_over<kLanes>(dot) * key_scale[n];
-                most = is_seen[n] ? fmaxf(most, scores[n]) : most;
-            }
-            rescale(states[h], most);
-#pragma unroll
-            for (int n = 0; n < kAhead; ++n) {
-                const float share = is_seen[n] ? exp2f(scores[n] - most) : 0.0f;
-                float v[8];
-                as_floats(values[n], v);
-                states[h].sum += share;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) states[h].out[i] = fmaf(share * value_scale[n], v[i], states[h].out[i]);
-            }
+            for (int i = 0; i < 8; ++i)
+                states[h].out[i] = fmaf(share * entries.value_scale[n], v[i], states[h].out[i]);
         }
     }
 }
 
-// The states of a warp's lanes, then of the warps, become one; it goes to memory.
-__device__ __forceinline__ void store_partial(const Attention& a, int64_t t, int head, int split, int e, State s, bool is_head) {
+// The states of a warp's lanes, then of the warps, become one: the result if there is one split.
+__device__ __forceinline__ void store_partial(
+    const Attention& a, int64_t t, int head, int split, int e, State s, bool is_head, float* result) {
     __shared__ float outs[kWarps][HEAD_DIM];
     __shared__ float2 heads[kWarps];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -229,26 +268,64 @@ __device__ __forceinline__ void store_partial(const Attention& a, int64_t t, int
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) out += factors[w] * outs[w][i];
         a.partial[at * HEAD_DIM + i] = out;
+        result[i] = out / sum;
     }
     __syncthreads();
 }
 
+// What a warp gives: 32 elements of a token, of all splits.
+__device__ __forceinline__ void combine_block(const Attention& a, int64_t t, int block) {
+    const int element = min(block * kBlock + static_cast<int>(threadIdx.x % kWarp), a.out.dim - 1);
+    const int64_t at = (t * a.heads + element / HEAD_DIM) * a.splits;
+    float most = kLeast;
+#pragma unroll 8
+    for (int s = 0; s < a.splits; ++s) most = fmaxf(most, __ldcg(a.weights + 2 * (at + s)));
+    float sum = 0, out = 0;
+#pragma unroll 8
+    for (int s = 0; s < a.splits; ++s) {
+        const float factor = exp2f(__ldcg(a.weights + 2 * (at + s)) - most);
+        sum += factor * __ldcg(a.weights + 2 * (at + s) + 1);
+        out += factor * __ldcg(a.partial + (at + s) * HEAD_DIM + element % HEAD_DIM);
+    }
+    const bool is_in = block * kBlock + threadIdx.x % kWarp < a.out.dim;
+    store_block(a.out, t, block, is_in ? out / sum : 0.0f);
+}
+
+// Whether the other blocks of these heads are done: what they wrote can then be read past the first cache.
+__device__ __forceinline__ bool is_last(const Attention& a, int64_t t) {
+    __shared__ bool answer;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int* ticket = a.tickets + t * gridDim.x + blockIdx.x;
+        answer = atomicAdd(ticket, 1) == a.splits - 1;
+        if (answer) *ticket = 0;  // for the next layer
+        __threadfence();
+    }
+    __syncthreads();
+    return answer;
+}
+
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp) attend(const __grid_constant__ Attention a) {
+    __shared__ float results[HEADS][HEAD_DIM];
     release_next();
-    await_inputs();
     const int shared_by = a.heads / a.kv_heads;  // query heads of a kv head
     const int tiles = (shared_by + HEADS - 1) / HEADS;
     const int kv_head = blockIdx.x / tiles, first = blockIdx.x % tiles * HEADS;
+    const int n_heads = min(HEADS, shared_by - first);
     const int split = blockIdx.y;
     const int64_t t = blockIdx.z;
+    const int e = threadIdx.x % kLanes * 8;
+    if (a.is_stored) await_inputs();
+    // The batch and what earlier passes stored do not depend on the kernel before.
     const int seen = a.seen[t];
     const int share = (seen + a.splits - 1) / a.splits;
     const int begin = min(split * share, seen), end = min(begin + share, seen);
-    const int e = threadIdx.x % kLanes * 8;
-    if (!a.is_stored && begin < seen && end == seen) {  // this block reads what it stores itself
-        if (threadIdx.x < kWarp) append(a, t, kv_head);
-        __syncthreads();
-    }
+    const bool is_own = !a.is_stored && begin < seen && end == seen;  // it stores the last one itself
+    const int* table = a.table + a.row[t] * a.table_stride;
+    Entries entries;
+    read_entries(a, table, kv_head, begin, end - is_own, e, entries);
+    await_inputs();
     float q[HEADS][8] = {};
     State states[HEADS];
     const float scale = kLog2E / sqrtf(static_cast<float>(HEAD_DIM));
@@ -260,31 +337,32 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp) attend(const __grid
 #pragma unroll
         for (int i = 0; i < 8; ++i) q[h][i] *= scale;
     }
-    attend_to(a, a.table + a.row[t] * a.table_stride, kv_head, begin, end, e, q, states);
+    if (is_own) {
+        if (threadIdx.x < kWarp) append(a, t, kv_head);
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < kAhead; ++n) {
+            if (entry_of(begin, n) == seen - 1) read_entry(a, table, kv_head, seen - 1, e, n, entries);
+        }
+    }
+    for (int base = begin; base < end; base += kWarps * kEntries * kAhead) {
+        if (base > begin) read_entries(a, table, kv_head, base, end, e, entries);
+        attend_to(entries, base, end, q, states);
+    }
 #pragma unroll
     for (int h = 0; h < HEADS; ++h)
-        store_partial(a, t, kv_head * shared_by + first + h, split, e, states[h], first + h < shared_by);
+        store_partial(a, t, kv_head * shared_by + first + h, split, e, states[h], h < n_heads, results[h]);
+    if (a.tickets == nullptr || (a.splits > 1 && !is_last(a, t))) return;
+    const int begin_block = (kv_head * shared_by + first) * HEAD_DIM / kBlock;
+    for (int i = threadIdx.x / kWarp; i < n_heads * HEAD_DIM / kBlock; i += kWarps) {
+        if (a.splits > 1) combine_block(a, t, begin_block + i);
+        else store_block(a.out, t, begin_block + i, results[0][i * kBlock + threadIdx.x % kWarp]);
+    }
 }
 
-// A warp gives 32 elements of a token.
 extern "C" __global__ void combine(const __grid_constant__ Attention a) {
     release_next();
     await_inputs();
     const int block = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-    if (block >= a.out.blocks) return;
-    const int64_t t = blockIdx.y;
-    const int element = min(block * kBlock + static_cast<int>(threadIdx.x % kWarp), a.out.dim - 1);
-    const int64_t at = (t * a.heads + element / HEAD_DIM) * a.splits;
-    float most = kLeast;
-#pragma unroll 8
-    for (int s = 0; s < a.splits; ++s) most = fmaxf(most, a.weights[2 * (at + s)]);
-    float sum = 0, out = 0;
-#pragma unroll 8
-    for (int s = 0; s < a.splits; ++s) {
-        const float factor = exp2f(a.weights[2 * (at + s)] - most);
-        sum += factor * a.weights[2 * (at + s) + 1];
-        out += factor * a.partial[(at + s) * HEAD_DIM + element % HEAD_DIM];
-    }
-    const bool is_in = block * kBlock + threadIdx.x % kWarp < a.out.dim;
-    store_block(a.out, t, block, is_in ? out / sum : 0.0f);
+    if (block < a.out.blocks) combine_block(a, blockIdx.y, block);
 }

@@ -67,14 +67,14 @@ __device__ __forceinline__ uint4 stream16(const void* from, bool is_in) {
 
 __device__ __forceinline__ uint32_t stream4(const void* from, bool is_in) {
     uint32_t v;
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.u32 %0, [%1];}"
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.L2::128B.u32 %0, [%1];}"
                  : "=r"(v) : "l"(from), "r"(static_cast<int>(is_in)));
     return v;
 }
 
 __device__ __forceinline__ uint32_t stream2(const void* from, bool is_in) {
     uint16_t v;
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.u16 %0, [%1];}"
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.L2::128B.u16 %0, [%1];}"
                  : "=h"(v) : "l"(from), "r"(static_cast<int>(is_in)));
     return v;
 }

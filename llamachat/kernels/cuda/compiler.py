@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 from llamachat import settings
 from llamachat.errors import UsageError
+from llamachat.hardware import usable_cores
 
 SOURCES = Path(__file__).parent
 OVERLAPPING = 9  # compute capability from which a kernel may start before the last one is over
@@ -27,21 +29,35 @@ OPTIONS = ("--std=c++17",)
 
 
 @dataclass(frozen=True, slots=True)
+class _Program:
+    """A source file and the definitions it is compiled with."""
+
+    source: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """A function on the GPU; `config` is filled anew for each launch."""
 
     function: Any
-    driver: Any
-    config: Any
+    driver: Any = None
+    config: Any = None
 
     def __call__(self, grid: tuple[int, ...], threads: int, args: ctypes.Structure) -> None:
         """Queue it on torch's current stream; grids are (x, y, z), missing sizes 1."""
+        if self.function is None:
+            return
         config = self.config
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX = threads
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        # what torch.cuda.current_stream() gives, at a tenth of the time
+        config.hStream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         check(self.driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
+
+
+REHEARSED = Kernel(None)  # what does nothing
 
 
 class Compiler:
@@ -64,8 +80,10 @@ class Compiler:
             ) from error
         self._driver, self._nvrtc = driver, nvrtc
         self._device = device
-        self._modules: dict[tuple[str, ...], Any] = {}
+        self._modules: dict[_Program, Any] = {}
         self._kernels: dict[tuple[object, ...], Kernel] = {}
+        self._images: dict[_Program, bytes] = {}  # compiled, not loaded yet
+        self._noted: dict[_Program, None] | None = None
         major, minor = torch.cuda.get_device_capability(device)
         self._architecture = f"sm_{major}{minor}"
         self._overlaps = major >= OVERLAPPING
@@ -77,15 +95,44 @@ class Compiler:
             RuntimeError: the driver or the compiler refused.
         """
         key = (source, name, *defines.items())
-        if key not in self._kernels:
-            self._kernels[key] = self._kernel(source, name, defines)
-        return self._kernels[key]
+        if key in self._kernels:
+            return self._kernels[key]
+        program = _Program(source, tuple(f"-D{macro}={value}" for macro, value in defines.items()))
+        if self._noted is not None:
+            self._noted[program] = None
+            return REHEARSED
+        return self._kernels.setdefault(key, self._kernel(program, name))
 
-    def _kernel(self, source: str, name: str, defines: Mapping[str, object]) -> Kernel:
-        flags = tuple(f"-D{macro}={value}" for macro, value in defines.items())
-        if (source, *flags) not in self._modules:
-            self._modules[(source, *flags)] = self._module(source, flags)
-        module = self._modules[(source, *flags)]
+    @contextmanager
+    def rehearsal(self, progress: Callable[[int, int], None]) -> Iterator[None]:
+        """Inside, kernels that are not known yet do nothing; at its end they are compiled at once.
+
+        Args:
+            progress: told how many programs of how many are compiled; nothing if all are kept.
+
+        Raises:
+            RuntimeError: the compiler refused.
+        """
+        self._noted = {}
+        try:
+            yield
+            noted = list(self._noted)
+        finally:
+            self._noted = None
+        missing = [it for it in noted if it not in self._modules and not self._kept(it).exists()]
+        if not missing:
+            return
+        progress(0, len(missing))
+        with ThreadPoolExecutor(min(len(missing), usable_cores())) as pool:
+            compiling = {pool.submit(self._compiled, program): program for program in missing}
+            for done, future in enumerate(as_completed(compiling), 1):
+                self._images[compiling[future]] = future.result()
+                progress(done, len(missing))
+
+    def _kernel(self, program: _Program, name: str) -> Kernel:
+        if program not in self._modules:
+            self._modules[program] = self._module(program)
+        module = self._modules[program]
         function = check(self._driver.cuModuleGetFunction(module, name.encode()))
         return Kernel(function, self._driver, self._config())
 
@@ -102,38 +149,48 @@ class Compiler:
             config.attrs, config.numAttrs = [attribute], 1
         return config
 
-    def _module(self, source: str, flags: tuple[str, ...]) -> Any:
+    def _module(self, program: _Program) -> Any:
         """From the cache, or compiled: a kept image that is damaged is made anew."""
-        options = (f"--gpu-architecture={self._architecture}", *OPTIONS, *flags)
-        code = (SOURCES / source).read_bytes()
-        parts = repr((self._version, options, code, self._headers))
-        key = hashlib.sha256(parts.encode()).hexdigest()
-        kept = settings.cache_dir()[0] / "cuda" / f"{key[:32]}.cubin"
         load = self._driver.cuModuleLoadData
-        with suppress(OSError, RuntimeError):
-            return check(load(kept.read_bytes()))
-        image = self._compiled(source, code, options)
-        with suppress(OSError):  # a full disk only costs time
-            kept.parent.mkdir(exist_ok=True)
-            with NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-                file.write(image)
-            Path(file.name).replace(kept)
-        return check(load(image))
+        image = self._images.pop(program, None)
+        if image is None:
+            with suppress(OSError, RuntimeError):
+                return check(load(self._kept(program).read_bytes()))
+        return check(load(image or self._compiled(program)))
+
+    def _kept(self, program: _Program) -> Path:
+        """Where its image is, or will be."""
+        code = (SOURCES / program.source).read_bytes()
+        parts = repr((self._version, self._options(program), code, self._headers))
+        key = hashlib.sha256(parts.encode()).hexdigest()
+        return settings.cache_dir()[0] / "cuda" / f"{key[:32]}.cubin"
 
     @cached_property
     def _headers(self) -> tuple[tuple[str, bytes], ...]:
         return tuple((path.name, path.read_bytes()) for path in sorted(SOURCES.glob("*.cuh")))
 
-    def _compiled(self, source: str, code: bytes, options: tuple[str, ...]) -> bytes:
-        nvrtc = self._nvrtc
+    def _options(self, program: _Program) -> tuple[str, ...]:
+        return (f"--gpu-architecture={self._architecture}", *OPTIONS, *program.flags)
+
+    def _compiled(self, program: _Program) -> bytes:
+        """The image, which is kept for the next start; threads may compile side by side."""
+        nvrtc, kept = self._nvrtc, self._kept(program)
         names, texts = [name.encode() for name, _ in self._headers], [t for _, t in self._headers]
-        program = check(nvrtc.nvrtcCreateProgram(code, source.encode(), len(names), texts, names))
-        status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-        if int(status[0]):
-            log = _filled(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise RuntimeError(f"{source}: {log.decode(errors='replace').strip()}")
-        image = _filled(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
-        check(nvrtc.nvrtcDestroyProgram(program))
+        options = [option.encode() for option in self._options(program)]
+        code = (SOURCES / program.source).read_bytes()
+        made = check(
+            nvrtc.nvrtcCreateProgram(code, program.source.encode(), len(names), texts, names)
+        )
+        if int(nvrtc.nvrtcCompileProgram(made, len(options), options)[0]):
+            log = _filled(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, made)
+            raise RuntimeError(f"{program.source}: {log.decode(errors='replace').strip()}")
+        image = _filled(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, made)
+        check(nvrtc.nvrtcDestroyProgram(made))
+        with suppress(OSError):  # a full disk only costs time
+            kept.parent.mkdir(exist_ok=True)
+            with NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+                file.write(image)
+            Path(file.name).replace(kept)
         return image
 
 

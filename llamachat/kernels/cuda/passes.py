@@ -1,10 +1,11 @@
 """A pass of a few tokens as one CUDA graph: recorded once, replayed for each token after.
 
-The batch is made on the host. It goes to the GPU in one copy, into memory that the graph reads.
+The batch is made on the host. It goes to the GPU at once, into memory that the graph reads.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from llamachat.kernels import Batch
+from llamachat.kernels.cuda import structures
+from llamachat.kernels.cuda.compiler import Compiler
 
 LEAST_TABLE = 256
-NAMES = tuple(field.name for field in fields(Batch))
+THREADS = 256
+NAMES = tuple(field.name for field in fields(Batch))  # ids first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,9 @@ class Shape:
 class Pass:
     """Memory for batches of one shape, and the graph over it once there is one."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
+    def __init__(self, shape: Shape, compiler: Compiler, device: torch.device) -> None:
         self._shape = shape
+        self._compiler = compiler
         table = shape.rows * shape.entries
         sizes = dict.fromkeys(NAMES, shape.tokens) | {"wanted": shape.wanted, "table": table}
         self._staged = torch.empty(sum(sizes.values()), dtype=torch.int32, pin_memory=True)
@@ -83,9 +88,44 @@ class Pass:
 
     def _bring(self, batch: Batch) -> None:
         self._copied.synchronize()  # of the batch before
-        parts = (getattr(batch, name) for name in NAMES)
+        is_known, tokens = batch.ids.is_cpu, self._shape.tokens
+        parts = (getattr(batch, name) for name in (NAMES if is_known else NAMES[1:]))
         entries = self._shape.entries
         flat = [part[:, :entries].flatten() if part.ndim == 2 else part for part in parts]
-        torch.cat(flat, out=self._staged)
-        self._static.copy_(self._staged, non_blocking=True)
+        torch.cat(flat, out=self._staged[0 if is_known else tokens :])
+        args = structures.Bring(
+            staged=self._staged.data_ptr(),
+            chosen=None if is_known else batch.ids.long().data_ptr(),
+            to=self._static.data_ptr(),
+            count=len(self._static),
+            tokens=tokens,
+        )
+        kernel = self._compiler.kernel("stream.cu", "bring", WEIGHTS=0)
+        kernel((-(-len(self._static) // THREADS),), THREADS, args)
         self._copied.record()
+
+
+class Queue:
+    """Prompts on their way, two at most: an interrupt, and what is told of them, lag no more."""
+
+    def __init__(self) -> None:
+        self._queued: deque[torch.cuda.Event] = deque()
+
+    def wait(self) -> None:
+        """Until another one may be queued."""
+        if len(self._queued) > 1:
+            self._queued.popleft().synchronize()
+
+    def add(self) -> None:
+        """One was queued."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
+        event.record()
+        self._queued.append(event)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch of a prompt on the GPU, which is not waited for."""
+    parts = [getattr(batch, name) for name in NAMES]
+    flat = torch.cat([part.flatten() for part in parts]).pin_memory()
+    there = torch.split(flat.to(device, non_blocking=True), [part.numel() for part in parts])
+    return Batch(*(part.view(old.shape) for part, old in zip(there, parts, strict=True)))

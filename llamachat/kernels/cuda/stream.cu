@@ -3,6 +3,22 @@
 // Compiled for WEIGHTS, the form of what is looked up or unpacked.
 #include "weights.cuh"
 
+struct Bring {
+    const int* staged;      // of a batch, in memory of the host
+    const int64_t* chosen;  // its first `tokens` numbers instead, or null
+    int* to;
+    int count;
+    int tokens;
+};
+
+// A batch to where its pass reads it. Copies by the driver would keep the GPU waiting twice as long.
+extern "C" __global__ void bring(const __grid_constant__ Bring a) {
+    await_inputs();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= a.count) return;
+    a.to[i] = a.chosen != nullptr && i < a.tokens ? static_cast<int>(a.chosen[i]) : a.staged[i];
+}
+
 struct Angles {
     const int* position;
     const float* frequencies;
@@ -35,7 +51,9 @@ extern "C" __global__ void embed(const __grid_constant__ Embed a) {
     const int column = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (column >= a.dim) return;
     float values[8];
-    values8<WEIGHTS>(a.part, a.ids[blockIdx.y], column, values);
+    // Of logits that are not numbers, anything may have been chosen, and the host does not know yet.
+    const int id = min(max(a.ids[blockIdx.y], 0), a.part.rows - 1);
+    values8<WEIGHTS>(a.part, id, column, values);
     for (int i = 0; i < 8 && column + i < a.dim; ++i) a.h[blockIdx.y * a.dim + column + i] = values[i];
 }
 

@@ -59,8 +59,20 @@ class Linear(Structure):
     )
 
 
+class Bring(Structure):
+    """A batch (stream.cu, as the next four)."""
+
+    _fields_ = (
+        ("staged", c_void_p),
+        ("chosen", c_void_p),
+        ("to", c_void_p),
+        ("count", c_int32),
+        ("tokens", c_int32),
+    )
+
+
 class Angles(Structure):
-    """Positions times frequencies (stream.cu, as the next three)."""
+    """Positions times frequencies."""
 
     _fields_ = (
         ("position", c_void_p),
@@ -113,6 +125,7 @@ class Attention(Structure):
         ("value_scales", c_void_p),
         ("partial", c_void_p),
         ("weights", c_void_p),
+        ("tickets", c_void_p),
         ("out", Acts),
         ("slots", c_int64),
         ("table_stride", c_int64),

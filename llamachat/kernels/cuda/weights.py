@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ MIN, FINE = 8, 16  # flags of a form
 PLAIN4, BOOK4, PLAIN8 = range(3)  # its kinds
 FLOATS = {torch.float16: 3, torch.bfloat16: 4, torch.float32: 5}
 WHOLE_ROW = 30  # a shift: one group
+Place = Callable[[Tensor], Tensor]  # to the GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +67,27 @@ class Packed:
         )
 
 
-def pack(parts: Sequence[Tensor | QTensor], bias: Tensor | None, device: torch.device) -> Packed:
-    """Bring parts to `device`, each in the form it came in.
+def pack(parts: Sequence[Tensor | QTensor], bias: Tensor | None, place: Place) -> Packed:
+    """Bring parts to the GPU, each in the form it came in.
 
     What is rounded is said in panels.py: the forms are the same.
     """
-    packed = tuple(_part(part, device) for part in parts)
+    packed = tuple(_part(part, place) for part in parts)
     first = 0
     for part in packed:
         part.struct.first = first
         first += -(-part.shape[0] // BLOCK)
     shape = sum(part.shape[0] for part in packed), packed[0].shape[1]
-    return Packed(packed, None if bias is None else bias.to(device, torch.float32), shape)
+    return Packed(packed, None if bias is None else place(bias).float(), shape)
 
 
-def _part(part: Tensor | QTensor, device: torch.device) -> Part:
+def _part(part: Tensor | QTensor, place: Place) -> Part:
+    if isinstance(part, QTensor):
+        part = _moved(part, place)
     if isinstance(part, QTensor) and not (divides(part) and has_levels(part)):
         part = part.dequantize()
     if not isinstance(part, QTensor):
-        return _floats(part, device)
-    part = _moved(part, device)
+        return _floats(place(part))
     group, scales, mins = regrouped(part)
     book, factor = book_of(part.codebook)
     scales = scales.float() * factor if factor != 1 else scales
@@ -119,10 +121,10 @@ def _part(part: Tensor | QTensor, device: torch.device) -> Part:
     return Part(struct, codes, kept, kept_mins, part.shape)
 
 
-def _floats(values: Tensor, device: torch.device) -> Part:
-    values = values.to(device, values.dtype if values.dtype in FLOATS else torch.float32)
+def _floats(values: Tensor) -> Part:
+    values = values if values.dtype in FLOATS else values.float()
     rows, cols = values.shape
-    padded = pad(values, (0, -cols % BLOCK)).contiguous()
+    padded = _padded(values, BLOCK)
     stride = padded.stride(0) * padded.element_size()
     struct = structures.Part(
         codes=padded.data_ptr(),
@@ -135,14 +137,14 @@ def _floats(values: Tensor, device: torch.device) -> Part:
     return Part(struct, padded, None, None, (rows, cols))
 
 
-def _moved(part: QTensor, device: torch.device) -> QTensor:
-    """Codes and their scales on `device`, what all groups share on the host."""
+def _moved(part: QTensor, place: Place) -> QTensor:
+    """Codes and their scales on the GPU, what all groups share on the host."""
     mins, book, shifts = part.mins, part.codebook, part.shifts
     return replace(
         part,
-        codes=part.codes.to(device),
-        scales=part.scales.to(device),
-        mins=None if mins is None else mins.to(device),
+        codes=place(part.codes),
+        scales=place(part.scales),
+        mins=None if mins is None else place(mins),
         codebook=None if book is None else book.cpu(),
         shifts=None if shifts is None else shifts.cpu(),
     )
@@ -187,6 +189,12 @@ def _summands(even: int, odd: int) -> tuple[int, int]:
     raise AssertionError(f"{even} and {odd} have no summands")
 
 
+def _padded(rows: Tensor, multiple: int) -> Tensor:
+    """Rows of so many columns more that they are a multiple; not copied where they are."""
+    missing = -rows.shape[1] % multiple
+    return pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
 def _codes(part: QTensor, order: Sequence[int] | None) -> Tensor:
     """(O, bytes): padded to 32 columns, nibbles in the order that weights.cuh has.
 
@@ -197,8 +205,8 @@ def _codes(part: QTensor, order: Sequence[int] | None) -> Tensor:
     codes = part.codes.view(torch.uint8)
     if part.bits == 8:
         codes = codes ^ 0x80 if part.mins is not None else codes  # code - 128
-        return pad(codes, (0, -codes.shape[1] % BLOCK)).contiguous()
-    codes = pad(codes, (0, -codes.shape[1] % UNIT_BYTES))
+        return _padded(codes, BLOCK)
+    codes = _padded(codes, UNIT_BYTES)
     if order is not None:
         if list(order) != list(range(16)):
             rank = torch.tensor([order.index(code) for code in range(16)], dtype=torch.uint8)
