@@ -211,6 +211,24 @@ void bf16_is_stored_as_the_nearest() {
     }
 }
 
+// Subnormal products and sums aside, each lane is a chain of two fma, the second element's first.
+template <class V>
+void pairs_are_multiplied_in_order() {
+    if constexpr (V::kPairs)
+        for (int round = 0; round < 500; ++round) {
+            const Inputs in, other;
+            uint16_t a[16], b[16], x[16];
+            V::store_bf16(a, V::load(in.a));
+            V::store_bf16(b, V::load(in.b));
+            V::store_bf16(x, V::load(other.a));
+            const auto found = V::dot_pairs(V::load(in.c), V::pairs(a, b), V::pair(x));
+            expect_lanes("dot_pairs", found, [&](int i) {
+                const float second = std::fma(of_bf16(b[i]), of_bf16(x[1]), in.c[i]);
+                return std::fma(of_bf16(a[i]), of_bf16(x[0]), second);
+            });
+        }
+}
+
 void bytes_load_and_store() {
     for (int from = -128; from < 128; from += 16) {
         int8_t bytes[16], stored[16];
@@ -351,6 +369,7 @@ int main() {
     reductions_combine_halves();
     sixteen_bit_floats_load_exactly();
     bf16_is_stored_as_the_nearest();
+    pairs_are_multiplied_in_order<Simd>();
     bytes_load_and_store();
     integers_become_the_nearest_floats();
     dots_are_exact();

@@ -8,6 +8,8 @@
 //   apart      a run, a kv head and a span of blocks: where runs and heads are too few to share out
 
 #pragma once
+#include <type_traits>
+
 #include "attend.h"
 #include "pool.h"
 
@@ -15,7 +17,10 @@
 template <class V, CacheForm kForm>
 class AttentionPass {
     using Stored = Element<V, kForm>;
-    using Plain = Element<V, kCacheF32>;
+    using Factor = typename Term<V, kForm>::Factor;
+    static constexpr bool kRounds = !std::is_same_v<Factor, float>;       // queries to the form of keys
+    static constexpr CacheForm kGathered = kRounds ? kForm : kCacheF32;  // of entries that are gathered
+    using Gathered = Element<V, kGathered>;
     static constexpr int64_t kEntries = Attend<V>::kEntries;
     static constexpr int64_t kQueries = 48;          // of a run: tokens times heads; one token may have more
     static constexpr int64_t kFewQueries = 12;       // so few read the cache as it is
@@ -202,14 +207,18 @@ class AttentionPass {
         return args_.out + (t * args_.n_heads + head * group_ + g) * head_dim_;
     }
 
-    // The queries (tokens, H / K, E) of a run, turned and scaled.
+    // The queries (tokens, H / K, E) of a run, turned and scaled, as factors from q on.
     void turn(const Run& run, int64_t head, float* q) const {
         const int64_t width = (args_.n_heads + 2 * kv_heads_) * head_dim_, half = head_dim_ / 2;
         const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
+        float* next = q;
         for (int64_t t = run.first; t < run.first + run.n; ++t)
-            for (int64_t g = 0; g < group_; ++g, q += head_dim_)
+            for (int64_t g = 0; g < group_; ++g, next += head_dim_)
                 rotate<V>(args_.qkv + t * width + (head * group_ + g) * head_dim_, args_.cosines + t * half,
-                          args_.sines + t * half, half, scale, q);
+                          args_.sines + t * half, half, scale, next);
+        if constexpr (kRounds)
+            for (int64_t i = 0; q + i < next; i += 16)
+                Term<V, kForm>::store(reinterpret_cast<Factor*>(q) + i, V::load(q + i));
     }
 
     // The slots of a run's row, from a block on.
@@ -224,12 +233,13 @@ class AttentionPass {
     }
 
     // The partial results of a block. A few queries read the cache as it is, and look ahead at the keys
-    // that are read next, if any; more have it brought to float lines first.
+    // that are read next, if any; more have it brought to float lines first, unless they need none.
     void ask(const Run& run, int64_t head, int64_t block, const typename Stored::T* next, const Room& here,
              float* results, int64_t stride) const {
         const int64_t first = block * kEntries, n = smaller(kEntries, run.seen - first);
         const int32_t* slots = slots_of(run, block);
-        const Queries queries{here.q, here.seen, run.n * group_, here.scores, results, stride};
+        const Queries<Factor> queries{reinterpret_cast<const Factor*>(here.q), here.seen, run.n * group_,
+                                      here.scores, results, stride};
         for (int64_t i = 0; i < queries.n; ++i) {
             const int64_t seen = pass_.seen[run.first + i / group_] - first;
             here.seen[i] = static_cast<int32_t>(larger(0, smaller(n, seen)));
@@ -237,13 +247,13 @@ class AttentionPass {
 
         const CachedHead<V, kForm> cached(cache_, args_.layer, head);
         const bool few = queries.n <= kFewQueries;
-        if ((few || kForm == kCacheF32) && head_dim_ % 16 == 0 && are_line(slots, n)) {
+        if ((few || kForm == kGathered) && head_dim_ % 16 == 0 && are_line(slots, n)) {
             const int64_t slot = slots[0];
             const auto *keys = cached.key(slot), *values = cached.value(slot);
-            const Entries<Stored> entries{
-                {keys, head_dim_, 16, 16 * head_dim_, few ? values : nullptr},
-                {values, n, head_dim_, 16, few ? next : nullptr},
-                cached.key_scale(slot), cached.value_scale(slot)};
+            const Entries<Term<V, kForm>> entries{{keys, head_dim_, 16, 16 * head_dim_, values},
+                                                  {values, n, head_dim_, 16, next},
+                                                  cached.key_scale(slot),
+                                                  cached.value_scale(slot)};
             attend_.ask(entries, queries);
         } else {
             attend_.ask(gather(cached, slots, n, here), queries);
@@ -257,29 +267,32 @@ class AttentionPass {
         return consecutive;
     }
 
-    // n entries as floats, in the order of the row.
-    Entries<Plain> gather(const CachedHead<V, kForm>& cached, const int32_t* slots, int64_t n,
-                          const Room& here) const {
+    // n entries in the order of the row.
+    Entries<Term<V, kGathered>> gather(const CachedHead<V, kForm>& cached, const int32_t* slots, int64_t n,
+                                       const Room& here) const {
+        auto* keys = reinterpret_cast<typename Gathered::T*>(here.keys);
+        auto* values = reinterpret_cast<typename Gathered::T*>(here.values);
         for (int64_t i = 0; i < n; i += 16)
-            gather_keys(cached, slots + i, smaller(16, n - i), here.keys + i * head_dim_);
-        for (int64_t i = 0; i < n; ++i) gather_value(cached.value(slots[i]), here.values + i * padded_);
+            gather_keys(cached, slots + i, smaller(16, n - i), keys + i * head_dim_);
+        for (int64_t i = 0; i < n; ++i) gather_value(cached.value(slots[i]), values + i * padded_);
         const bool scaled = kForm == kCacheInt8;
         for (int64_t i = 0; scaled && i < n; ++i) {
             here.key_scales[i] = *cached.key_scale(slots[i]);
             here.value_scales[i] = *cached.value_scale(slots[i]);
         }
-        return {{here.keys, head_dim_, 16, 16 * head_dim_, nullptr},
-                {here.values, n, padded_, 16, nullptr},
+        return {{keys, head_dim_, 16, 16 * head_dim_, nullptr},
+                {values, n, padded_, 16, nullptr},
                 scaled ? here.key_scales : nullptr,
                 scaled ? here.value_scales : nullptr};
     }
 
     // Up to 16 keys side by side: (E, 16).
     void gather_keys(const CachedHead<V, kForm>& cached, const int32_t* slots, int64_t n,
-                     float* lines) const {
+                     typename Gathered::T* lines) const {
         if (are_line(slots, n)) {
             const auto* line = cached.key(slots[0]);
-            for (int64_t e = 0; e < head_dim_; ++e) V::store(lines + 16 * e, Stored::load(line + 16 * e));
+            for (int64_t e = 0; e < 16 * head_dim_; e += 16)
+                Gathered::store(lines + e, Stored::load(line + e));
             return;
         }
         const typename Stored::T* keys[16];
@@ -287,17 +300,17 @@ class AttentionPass {
         typename Stored::T line[16] = {};
         for (int64_t e = 0; e < head_dim_; ++e) {
             for (int64_t i = 0; i < n; ++i) line[i] = keys[i][16 * e];
-            V::store(lines + 16 * e, Stored::load(line));
+            Gathered::store(lines + 16 * e, Stored::load(line));
         }
     }
 
-    void gather_value(const typename Stored::T* value, float* line) const {
+    void gather_value(const typename Stored::T* value, typename Gathered::T* line) const {
         const int64_t whole = head_dim_ / 16 * 16;
-        for (int64_t e = 0; e < whole; e += 16) V::store(line + e, Stored::load(value + e));
+        for (int64_t e = 0; e < whole; e += 16) Gathered::store(line + e, Stored::load(value + e));
         if (whole == head_dim_) return;
         typename Stored::T rest[16] = {};
         std::memcpy(rest, value + whole, (head_dim_ - whole) * sizeof(*rest));
-        V::store(line + whole, Stored::load(rest));
+        Gathered::store(line + whole, Stored::load(rest));
     }
 };
 

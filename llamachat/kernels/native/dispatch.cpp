@@ -31,6 +31,9 @@ bool has_avx512() {
 bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 #endif
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#ifdef LC_HAVE_AVX512BF16
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 #endif
 
 #if defined(__aarch64__)
@@ -47,6 +50,9 @@ bool always() { return true; }
 
 // The best first.
 const Candidate kCandidates[] = {
+#ifdef LC_HAVE_AVX512BF16
+    {&kernel_avx512bf16, has_avx512bf16},
+#endif
 #ifdef LC_HAVE_AVX512VNNI
     {&kernel_avx512vnni, has_avx512vnni},
 #endif

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #include "abi.h"
 #include "pool.h"
@@ -36,7 +37,9 @@ void read(const uint8_t* bytes, int64_t n) {
 
 #define LC_KERNEL(name) extern const Kernel kernel_##name = {#name, linear, attention<Simd>, embed<Simd>, quantize<Simd>, read}
 
-#if defined(LC_AVX512VNNI)
+#if defined(LC_AVX512BF16)
+LC_KERNEL(avx512bf16);
+#elif defined(LC_AVX512VNNI)
 LC_KERNEL(avx512vnni);
 #elif defined(LC_AVX512)
 LC_KERNEL(avx512);

@@ -15,4 +15,5 @@ struct Kernel {
     void (*read)(const uint8_t* bytes, int64_t n);  // all of them, for the time it takes
 };
 
-extern const Kernel kernel_scalar, kernel_avx2, kernel_avxvnni, kernel_avx512, kernel_avx512vnni, kernel_neon;
+extern const Kernel kernel_scalar, kernel_avx2, kernel_avxvnni, kernel_avx512, kernel_avx512vnni,
+    kernel_avx512bf16, kernel_neon;

@@ -9,6 +9,8 @@
 // (VNNI) signed bytes are biased by `kBias` and the sum starts at -kBias times the sum of x.
 // `low_bits` are the lowest four of 16 words, as floats.
 // `kTile` tokens are multiplied with two panels at a time: their sums fit the registers.
+// With `kPairs` bfloat16 is multiplied in pairs: `pairs(a, b)` has a[r] and b[r] in lane r, `pair(x)` x[0]
+// and x[1] in all of them; `dot_pairs(sum, p, q)` adds p's products with q to each lane.
 // Reductions (`sum`, `largest`) combine halves: lane i with lane i + 8, then + 4, + 2, + 1.
 
 #pragma once
@@ -16,7 +18,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(LC_AVX512) || defined(LC_AVX512VNNI)
+#if defined(LC_AVX512) || defined(LC_AVX512VNNI) || defined(LC_AVX512BF16)
 #include "simd_avx512.h"
 using Simd = Avx512;
 #elif defined(LC_AVX2) || defined(LC_AVXVNNI)

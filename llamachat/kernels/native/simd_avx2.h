@@ -16,6 +16,7 @@ struct Avx2 {
     using Nibbles = Line;
     static constexpr int kTile = 2;
     static constexpr int kRegisters = 8;  // of 16 lanes
+    static constexpr bool kPairs = false;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

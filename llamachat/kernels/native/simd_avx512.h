@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL), with or without VNNI.
+// AVX-512 (F, BW, DQ, VL), with or without VNNI, with VNNI and BF16.
 
 #pragma once
 #include <immintrin.h>
@@ -57,6 +57,11 @@ struct Avx512 {
     }
     // Nearest, ties to even.
     static void store_bf16(uint16_t* p, F x) {
+#ifdef LC_AVX512BF16
+        constexpr int kSubnormal = 0x20;  // the instruction would take them for zeros
+        if (!_mm512_fpclass_ps_mask(x, kSubnormal))
+            return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#endif
         const __m512i bits = _mm512_castps_si512(x);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
@@ -65,6 +70,26 @@ struct Avx512 {
         const __m512i kept = _mm512_srli_epi32(_mm512_mask_or_epi32(rounded, is_nan, bits, quiet), 16);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
     }
+#ifdef LC_AVX512BF16
+    using Pairs = __m512bh;
+    static constexpr bool kPairs = true;
+    static Pairs pairs(const uint16_t* a, const uint16_t* b) {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i others = _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16);
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+        return (Pairs)_mm512_permutexvar_epi16(_mm512_or_si512(lanes, others), both);
+    }
+    static Pairs pair(const uint16_t* x) {
+        int32_t both;
+        std::memcpy(&both, x, 4);
+        return (Pairs)_mm512_set1_epi32(both);
+    }
+    static F dot_pairs(F sum, Pairs p, Pairs q) { return _mm512_dpbf16_ps(sum, p, q); }
+#else
+    static constexpr bool kPairs = false;
+#endif
     // Nearest, ties to even; the values fit.
     static void store_i8(int8_t* p, F x) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
@@ -90,7 +115,7 @@ struct Avx512 {
         std::memcpy(&word, x, 4);
         return _mm512_set1_epi32(word);
     }
-#ifdef LC_AVX512VNNI
+#if defined(LC_AVX512VNNI) || defined(LC_AVX512BF16)
     static constexpr int kBias = 128;
     static constexpr int kTile = 6;
     static Bytes bytes(__m512i line) { return _mm512_xor_si512(line, _mm512_set1_epi8(-128)); }

@@ -17,6 +17,7 @@ struct Neon {
     static constexpr int kBias = 0;
     static constexpr int kTile = 2;
     static constexpr int kRegisters = 8;  // of 16 lanes
+    static constexpr bool kPairs = false;
 
     static F zero() { return set(0.0f); }
     static F set(float x) {

@@ -18,6 +18,7 @@ struct Scalar {
     static constexpr int kBias = 0;
     static constexpr int kTile = 1;
     static constexpr int kRegisters = 4;  // of 16 lanes, where the compiler makes vectors of them
+    static constexpr bool kPairs = false;
 
     static F zero() { return set(0.0f); }
     static F set(float x) {
