@@ -252,6 +252,16 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def endpoint() -> str | None:
+    """The server that answers without `--endpoint`: `$LLAMACHAT_ENDPOINT`, then the config file."""
+    return os.environ.get("LLAMACHAT_ENDPOINT") or defaults().get("endpoint") or None
+
+
+def api_key() -> str | None:
+    """`OPENAI_API_KEY`: what lets this user in at a server."""
+    return os.environ.get("OPENAI_API_KEY", "").strip() or None
+
+
 def is_offline() -> bool:
     """Whether `HF_HUB_OFFLINE` forbids the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

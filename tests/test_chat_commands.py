@@ -197,7 +197,7 @@ def test_show_shows_the_prompt_as_text_and_ids(type_: Type) -> None:
     assert prompt.startswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhello")
     ids = [int(word) for word in type_("/show ids").split()]
     assert ids[:6] == [scripted.START, *b"user\n"]
-    assert f"{len(ids)} of 8192 tokens" in type_("/show context")
+    assert f"{len(ids)} of 8,192 tokens" in type_("/show context")
 
 
 def test_show_knows_the_model_its_template_and_how_fast_it_was(type_: Type) -> None:

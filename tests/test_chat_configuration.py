@@ -97,6 +97,12 @@ def test_one_models_settings_come_before_those_of_all(file: Path) -> None:
     assert defaults_for(read(FLAGS), "other")["top_k"] == (1, "config.toml")
 
 
+@pytest.mark.parametrize("model", ["smollm2-360m", "HuggingFaceTB/SmolLM2-360M-Instruct", "small"])
+def test_a_models_settings_are_found_by_each_of_its_names(file: Path, model: str) -> None:
+    file.write_text("[models.smollm2-360m]\ntop_k = 2\n[aliases]\nsmall = 'smollm2-360m'\n")
+    assert defaults_for(read(FLAGS), model)["top_k"] == (2, "config.toml [models.smollm2-360m]")
+
+
 def test_a_setting_is_written_and_comments_stay(file: Path) -> None:
     file.write_text("# mine\n[defaults]\ntop_k = 1 # few\n\n[ui]  # looks\n")
     for key, value in [

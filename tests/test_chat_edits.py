@@ -157,7 +157,7 @@ def test_context_shows_where_the_tokens_went(type_: Type, conversation: Conversa
     assert heading == f"{used} of 200 tokens ({used / 200:.0%})"
     table = {row[2:12].strip(): row[12:].split() for row in rows}
     assert list(table) == ["system", "turn 1", "template", "free"]
-    assert table["turn 1"] == ["22", "███" + 21 * "·", "11", "+", "11", "what", "is", "it?"]
+    assert table["turn 1"] == ["22", "██" + 8 * "·", "11", "+", "11", "what", "is", "it?"]
     assert sum(int(columns[0]) for columns in table.values()) == 200
 
 

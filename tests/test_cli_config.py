@@ -250,6 +250,8 @@ def test_every_command_has_examples() -> None:
         ("chat -m smollm2-1", {"smollm2-135m", "smollm2-1.7b", "smollm2-1-of-mine"}),
         ("show org", {"org/name:model.gguf"}),
         ("compare --quantize int", {"int8", "int4"}),
+        ("chat --session a-", {"a-trip"}),
+        ("sessions show a", {"a-trip"}),
         ("config set temp", {"temperature", "template"}),
     ],
 )
@@ -258,6 +260,8 @@ def test_a_shell_completes_names_without_torch(
 ) -> None:
     (tmp_path / "config.toml").write_text("[aliases]\nsmollm2-1-of-mine = 'org/name'\n")
     add_model(tmp_path / "hub" / "models--org--name")
+    (tmp_path / "data" / "sessions").mkdir(parents=True)
+    (tmp_path / "data" / "sessions" / "a-trip.jsonl").touch()
     asked = {
         "_LLAMACHAT_COMPLETE": "complete_bash",
         "COMP_WORDS": f"llamachat {words}",

@@ -33,6 +33,12 @@ def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_file_that_is_new_has_the_mode_that_is_asked_for(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "file", b"private", mode=0o600)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+@posix
 def test_a_reader_sees_all_of_the_old_or_all_of_the_new(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"old")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 if sys.platform == "win32":
     pytest.skip("POSIX pseudo-terminals", allow_module_level=True)
@@ -22,6 +24,8 @@ if sys.platform == "win32":
 from screens import Screen, screen
 
 from llamachat.chat.events import OpenText, Tails, Text
+from llamachat.terminal.markdown import Markdown
+from llamachat.terminal.markdown_rows import Rows
 from llamachat.terminal.shades import Shading
 from llamachat.terminal.stream import ReplyView
 
@@ -227,9 +231,8 @@ HOSTILE = "\x1b]0;owned\x07 \x9b31m \r\x08 \u202e &#x202e; &#27;"
 def test_only_escapes_of_our_own_reach_the_terminal(text: str) -> None:
     for variables in ({}, {"TERM_PROGRAM": "WezTerm"}):
         written = shown(pieces_of(text, 2), **variables).written
-        ours = (
-            r"\x1b\[[0-9;]*[mAJ]|\x1b\[\?(25|7|2026)[hl]|\x1b\]8;[^\x1b\x07]*\x1b\\|\r\n|\r(?=\x1b)"
-        )
+        escapes = r"\x1b\[[0-9;]*[mACJK]|\x1b\[\?(25|7|2026)[hl]|\x1b\]8;[^\x1b\x07]*\x1b\\"
+        ours = rf"{escapes}|\r\n|\r(?=\x1b)"
         assert re.sub(ours, "", written).isprintable()
 
 
@@ -264,6 +267,10 @@ def test_a_dumb_terminal_gets_the_text_as_it_comes(variables: dict[str, str]) ->
         ("<b>text</b> &lt; &amp;", ["<b>text</b> < &"]),
         ("[a]: http://x\n\n[a]", ["[a]: http://x", "", "[a]"]),
         ("| a | b |\n|---|---|\n| 1 | 2 | 3 |", ["| a | b |", "|---|---|", "| 1 | 2 | 3 |"]),
+        (
+            "| a | b |\n|:-:|--:|\n| one | *2* |\n| x | 1234 |",
+            [" a       b", "──────────", "one      2", " x    1234"],
+        ),
         ("1. a\n   ```sh\n   ls\n   ```\n2. b", ["1. a", "", "   ls", "2. b"]),
         ("one\r\ntwo\r\n", ["one", "two"]),
         ("![alt](http://x/y.png)", ["alt (http://x/y.png)"]),
@@ -279,6 +286,12 @@ def test_a_table_on_a_narrow_terminal_becomes_a_list() -> None:
     table = "| name | length | country | ends in |\n|-|-|-|-|\n| Rhine | 1230 | CH | NL |\n"
     expected = ["name: Rhine", "length: 1230", "country: CH", "ends in: NL"]
     assert shown([table], columns=20).scrollback() == expected
+
+
+def test_a_long_table_is_finished_with_the_blank_line_after_it() -> None:
+    markdown = Markdown(Rows(Console(), links=False))
+    assert markdown.write("| n | what |\n|--:|---|\n" + "| 1 | row |\n" * 2000, 80) == []
+    assert len(markdown.write("\n", 80)) == 2002
 
 
 FRAGMENTS = st.sampled_from([
@@ -318,9 +331,11 @@ def test_every_word_arrives_once_and_in_order(blocks: list[str], columns: int) -
 TALKS = """
 import sys, time
 from llamachat.chat.events import Text
+from llamachat.terminal.markdown import Markdown
+from llamachat.terminal.markdown_rows import Rows
 from llamachat.terminal.shades import Shading
 from llamachat.terminal.stream import ReplyView
-print("before\\n" * 30)  # tmux itself loses its place at the top of an empty screen
+print(sys.argv[1], end="")
 with ReplyView(Shading(), markdown=True) as view:
     for n in range(60):
         for piece in (f"- item{n:02} ", *["and on "] * 12, "to its end.\\n"):
@@ -330,19 +345,33 @@ print("over")
 """
 
 
+HOME = "\033[2J\033[H"  # the reply begins in the first line of the screen
+
+
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, which wraps lines anew")
-def test_tmux_resized_during_a_reply_holds_every_line_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "sizes"),
+    [  # resized, tmux itself loses its place at the top of an empty screen
+        ("before\n" * 30, [(60, 24), (90, 12), (41, 30), (120, 20)]),
+        (HOME, [(100, 24)]),
+    ],
+    ids=["resized", "at home"],
+)
+def test_tmux_holds_every_line_of_a_reply_once(
+    tmp_path: Path, before: str, sizes: list[tuple[int, int]]
+) -> None:
     tmux = ("tmux", "-L", f"llamachat{os.getpid()}", "-f", "/dev/null")
 
     def ask(*command: str) -> str:
         return subprocess.run([*tmux, *command], check=True, capture_output=True, text=True).stdout
 
     (tmp_path / "talks.py").write_text(TALKS, "utf-8")
-    program = f"{sys.executable} {tmp_path / 'talks.py'}; sleep 60"
+    talks = shlex.join([sys.executable, str(tmp_path / "talks.py"), before])
+    program = f"{talks}; sleep 60"
     ask("new-session", "-d", "-x", "100", "-y", "24", program)
     try:
         deadline = time.monotonic() + 30
-        for columns, lines in cycle([(60, 24), (90, 12), (41, 30), (120, 20)]):
+        for columns, lines in cycle(sizes):
             ask("resize-window", "-x", str(columns), "-y", str(lines))
             found = ask("capture-pane", "-p", "-S", "-")
             if "over" in found or time.monotonic() > deadline:

@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
+from llamachat.chat.templates import Message
 from llamachat.terminal.completion import LineCompleter
 from llamachat.terminal.history import PrivateHistory
 from llamachat.terminal.toolbar import fitted
@@ -45,6 +48,25 @@ def test_a_path_is_completed_after_its_sign(tmp_path: Path) -> None:
     (tmp_path / "a prompt.txt").touch()
     assert completed(f"/system @{tmp_path}/a p") == ["rompt.txt"]
     assert completed(f"/system {tmp_path}/a") == []
+
+
+def test_conversations_are_completed_by_name_or_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMACHAT_DATA_DIR", str(tmp_path))
+    (tmp_path / "sessions").mkdir()
+    (tmp_path / "sessions" / "a trip.jsonl").touch()
+    assert completed("/load a t") == ["a trip"]
+    assert completed(f"/load {tmp_path}/sess") == ["ions"]
+
+
+def test_blocks_of_code_are_completed_by_number() -> None:
+    reply = "```\none\n```\n\n```\ntwo\n```\n"
+    session = SimpleNamespace(messages=(Message("assistant", reply),))
+    conversation: Any = SimpleNamespace(session=session)
+    offered = LineCompleter(conversation).get_completions(Document("/copy "), CompleteEvent())
+    assert [it.text for it in offered] == ["1", "2"]
+    assert completed("/copy ") == []
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_what_was_said_before_a_kill_is_there_afterwards(open_terminal: Open, ho
     ended(terminal)
     again = open_terminal("-C")
     again.wait()
-    assert "2 turn(s)" in again.told()
+    assert "2 turns." in again.told()
     assert again.ask("recall").startswith("one | ")
     assert contents(the_file(home))[:2] == ["one", "one"]
 
@@ -134,7 +134,7 @@ def test_commands_save_load_list_and_export(
     terminal.ask("/export md talk.md")
     terminal.ask("/export md talk.md")
     told = terminal.told()
-    assert "second: 2 turn(s)" in told
+    assert "second: 2 turns" in told
     assert "second  " in told
     assert "exists" in told
     assert contents(folder(home) / "second.jsonl") == ["one", "one", "three", "three"]

@@ -42,8 +42,9 @@ def test_what_takes_long_to_import_is_not_needed_for_the_first_prompt(tmp_path: 
     assert found.stdout.split() == [b"set()"], found.stderr
 
 
-def test_flags_are_read_without_pydantic(tmp_path: Path) -> None:
-    without = signalled_at_import("pydantic", "SIGKILL")
+@pytest.mark.parametrize("module", ["pydantic", "numpy", "jinja2"])
+def test_flags_are_read_without_what_takes_long_to_import(tmp_path: Path, module: str) -> None:
+    without = signalled_at_import(module, "SIGKILL")
     ended = run((*without, "chat", "-m", "any", "-q", "-p", ""), tmp_path)
     assert ended.returncode == 2
     assert b"the prompt is empty" in ended.stderr
@@ -165,4 +166,32 @@ def test_a_terminal_that_closes_ends_the_conversation(
     while b">>>" not in shown:
         shown += os.read(ours, 1024)
     os.close(ours)
-    assert process.wait(10) != 0
+    assert process.wait(10) == 129
+    assert not (tmp_path / "data" / "llamachat.log").exists()
+
+
+@pytest.fixture
+def early(open_terminal: Open) -> Terminal:
+    """A terminal on which nothing was drawn yet; its model takes two seconds."""
+    return open_terminal("-m", "slow")
+
+
+def test_an_end_of_input_before_the_prompt_ends_the_conversation(early: Terminal) -> None:
+    assert early.leave(CTRL_D) == 0
+    assert OPENED not in early.told()
+
+
+def test_a_message_that_is_sent_before_the_prompt_is_answered_before_the_end(
+    early: Terminal,
+) -> None:
+    early.child.send("hello\rrecall\r" + CTRL_D)
+    early.child.expect_exact("hello\r\nrecall")  # one message
+    assert early.leave("") == 0
+    assert OPENED in early.told()
+    assert "recall" in (early.child.before or "").split("... recall")[-1]
+
+
+def test_ctrl_d_twice_leaves_what_was_typed_early_unsent(slow: Terminal) -> None:
+    slow.child.send("hello\r")
+    assert slow.leave(CTRL_D + CTRL_D) == 0
+    assert OPENED not in slow.told()

@@ -43,13 +43,13 @@ class Asked:
 
 def done(reply: Reply, reason: FinishReason, asked: Asked, decoding: Decoding) -> Done:
     """How a reply ended, and all that is known of it."""
-    logprobs = reply.own_logprobs
+    logprobs, usage = reply.own_logprobs, reply.usage
     return Done(
         text=reply.text,
         finish_reason=reason,
         token_ids=reply.ids,
-        prompt_tokens=len(asked.fitted.ids),
-        reused_tokens=reply.reused,
+        prompt_tokens=usage.prompt if usage else len(asked.fitted.ids),
+        reused_tokens=usage.reused if usage else reply.reused,
         seed=decoding.seed,
         strategy=describe(decoding),
         trimmed=asked.trimmed,
@@ -58,6 +58,8 @@ def done(reply: Reply, reason: FinishReason, asked: Asked, decoding: Decoding) -
         attempt=asked.attempt,
         speculation=reply.speculation,
         mean_logprob=sum(logprobs) / len(logprobs) if logprobs else None,
+        counted=usage.reply if usage else None,
+        problem=reply.problem,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from llamachat.chat.layouts import BOS, EOS, Layout, Part, Roles, Rounds, Special
 from llamachat.chat.templates import (
@@ -24,8 +25,10 @@ from llamachat.chat.templates import (
 )
 from llamachat.errors import UsageError
 from llamachat.library.catalog import find
-from llamachat.library.store import Located
-from llamachat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamachat.library.store import Located
+    from llamachat.tokenizer import Tokenizer
 
 _ALPACA = (
     "Below is an instruction that describes a task. "

@@ -11,9 +11,10 @@ from typing import TypeAlias
 from llamachat.chat.asked import done, recorded
 from llamachat.chat.events import Done, Event, FinishReason, Text
 from llamachat.chat.protocols import Speaks
-from llamachat.chat.reply import Reply, spell
+from llamachat.chat.reply import Reply
 from llamachat.chat.session import ChatSession
 from llamachat.chat.specs import Spec
+from llamachat.chat.spoken import text_of
 from llamachat.engine.decoding import Decoding
 from llamachat.engine.events import Done as EngineDone
 from llamachat.engine.events import EngineEvent
@@ -110,7 +111,7 @@ class Comparison:
         start = sum(len(text.feed(token)) for token in ids[1][:at])
         length = 0 if ended[1] else max(1, len(text.feed(ids[1][at])))
         pieces = [
-            None if end else spell(own[at], mine.tokenizer)
+            None if end else text_of(own[at], mine.tokenizer)
             for own, end in zip(ids, ended, strict=True)
         ]
         return Parting(at, (pieces[0], pieces[1]), (start, start + length))

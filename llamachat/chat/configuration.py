@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from llamachat import settings
-from llamachat.chat.builtin import check_name
+from llamachat.chat.context import Overflow
 from llamachat.chat.options import Options, Said, parse_bias, parse_samplers
 from llamachat.chat.sources import BEAMS_ALONE
 from llamachat.chat.specs import FORMS
@@ -27,7 +27,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "kv_cache": ("auto", "f32", "bf16", "int8"),
     "backend": ("auto", "native", "cuda", "reference", "bitsandbytes"),
     "color": COLOR_CHOICES,
-    "overflow": ("trim", "error", "summarize"),
+    "overflow": get_args(Overflow),
 }
 
 
@@ -185,17 +185,27 @@ def defaults_for(config: Mapping[str, Any], model: str) -> dict[str, tuple[Any, 
 
     Args:
         config: the tables of a config file.
-        model: as it was asked for. What it is an alias of has its settings, too.
+        model: as it was asked for. Other names of it, own or of the catalog, have its settings,
+            too; the one that was asked for comes first.
     """
     said = {key_of(it): (value, "config.toml") for it, value in _table(config, "defaults").items()}
     if "color" in (look := _table(config, "ui")):
         said.setdefault("color", (look["color"], "config.toml"))
-    meant = _table(config, "aliases").get(model)
-    for name in (meant, model):
+    for name in _names_of(model, config) if "models" in config else ():
         of_model = _table(_table(config, "models"), str(name))
         origin = f"config.toml [models.{name}]"
         said |= {key_of(key): (value, origin) for key, value in of_model.items()}
     return said
+
+
+def _names_of(model: str, config: Mapping[str, Any]) -> list[str]:
+    """Every name of a model, the one that was asked for last."""
+    from llamachat.library.catalog import find, of_repo
+
+    meant = str(_table(config, "aliases").get(model, model))
+    entry = find(meant) or of_repo(meant)
+    known = [entry.alias, *entry.also, entry.repo] if entry else []
+    return list(dict.fromkeys([model, meant, *known]))[::-1]
 
 
 def key_of(written: str) -> str:
@@ -257,6 +267,8 @@ def _check_meaning(path: tuple[str, ...], name: str, value: Any) -> None:
         raise WrongSettingError(path, f"{name} is {value!r}, expected one of {', '.join(choices)}")
     try:
         if name == "template":
+            from llamachat.chat.builtin import check_name
+
             check_name(value)
         elif name == "samplers":
             parse_samplers(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast, get_args
@@ -11,6 +12,7 @@ from llamachat.errors import PromptTooLongError, UsageError
 
 Overflow: TypeAlias = Literal["trim", "error", "summarize"]
 
+UNBOUNDED = sys.maxsize  # tokens of a context whose size a server keeps to itself
 REPLY_SHARE = 4  # a quarter of the context is kept free for the reply
 AFTER_TRIM = 0.75  # of what a prompt may fill: so that not every later turn trims and runs anew
 NOTE = "Summary of the conversation so far:\n"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from llamachat.engine.events import Prefill, Probabilities, Probability, Speculation
+from llamachat.errors import LlamachatError
 
 __all__ = [
     "Done", "Event", "FinishReason", "OpenText", "Prefill", "Probabilities", "Probability",
@@ -85,6 +86,8 @@ class Done:
         attempt: with the seed the key of every draw; 0 before the first `regenerate`.
         speculation: what came of drafts, where they were asked for and the reply came to its end.
         mean_logprob: of its tokens, by the model alone; of one of several replies.
+        counted: its tokens, where a server counts them.
+        problem: why it was interrupted, if not by the user.
     """
 
     text: str
@@ -100,6 +103,13 @@ class Done:
     attempt: int = 0
     speculation: Speculation | None = None
     mean_logprob: float | None = None
+    counted: int | None = None
+    problem: LlamachatError | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """How many tokens it has."""
+        return len(self.token_ids) if self.counted is None else self.counted
 
 
 Event: TypeAlias = Summarizing | Trimmed | Prefill | Text | Tails | Done

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamachat.chat.remote import Server
 from llamachat.quant.form import FORM_NAMES
 from llamachat.quant.recipe import VERSION as RECIPE_VERSION
 
@@ -20,7 +21,7 @@ _EDGE_BYTES = 2**16  # read of each end of a file
 _SUFFIXES = {".bin", ".gguf", ".json", ".model", ".pth", ".safetensors"}
 
 
-def facts(model: Model, template: Template, lora: Sequence[str] = ()) -> dict[str, Any]:
+def facts(model: Model | Server, template: Template, lora: Sequence[str] = ()) -> dict[str, Any]:
     """The model and how it is run, ready for JSON.
 
     Args:
@@ -28,6 +29,8 @@ def facts(model: Model, template: Template, lora: Sequence[str] = ()) -> dict[st
         template: how the conversation is written for it.
         lora: adapters that were merged in, as they were named.
     """
+    if isinstance(model, Server):
+        return model.facts
     located = model.located
     source = getattr(template, "source", None)
     kernels = getattr(getattr(model.engine, "decoder", None), "kernels", None)

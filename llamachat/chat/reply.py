@@ -12,10 +12,25 @@ from llamachat.chat.events import Event, FinishReason, OpenText, Prefill, Tails,
 from llamachat.chat.spoken import Begun, Spoken, ids_of
 from llamachat.chat.templates import Message
 from llamachat.engine import events as engine_events
-from llamachat.engine.events import Probabilities, Speculation, Token
+from llamachat.engine.events import Probabilities, Speculation, Token, Usage
 from llamachat.engine.stops import StopFilter, first_stop
+from llamachat.errors import LlamachatError
 from llamachat.tokenizer import Tokenizer
 from llamachat.tokenizer.stream import Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Whether the last of some ids completes a stop string."""
+
+    tokenizer: Tokenizer
+    stops: tuple[str, ...]
+
+    def __call__(self, ids: Sequence[int]) -> bool:
+        """Test them."""
+        recent = ids[-max(len(stop.encode()) for stop in self.stops) - 8 :]
+        text = Detokenizer(self.tokenizer, continues=len(recent) < len(ids))
+        return first_stop("".join(map(text.feed, recent)), self.stops) is not None
 
 
 @dataclass(slots=True)
@@ -34,6 +49,8 @@ class Reply:
     reused: int = 0
     finish_reason: FinishReason = "stop"
     speculation: Speculation | None = None
+    usage: Usage | None = None
+    problem: LlamachatError | None = None
     _text: Detokenizer = field(init=False)
     _filter: StopFilter = field(init=False)
     _whole: list[str] = field(init=False)
@@ -94,6 +111,7 @@ class Reply:
             else:
                 self.finish_reason = cast("FinishReason", event.finish_reason)
                 self.speculation = event.speculation
+                self.usage, self.problem = event.usage, event.problem
 
     @property
     def ended(self) -> FinishReason | None:
@@ -124,11 +142,10 @@ class Reply:
         rest = "".join(self._rest) + self._filter.feed(self._text.flush())
         return self._show(rest + self._filter.flush())
 
-    def ends(self, ids: Sequence[int]) -> bool:
-        """Whether the last of `ids` completes a stop string."""
-        recent = ids[-max(len(stop.encode()) for stop in self.stops) - 8 :]
-        text = Detokenizer(self.tokenizer, continues=len(recent) < len(ids))
-        return first_stop("".join(map(text.feed, recent)), self.stops) is not None
+    @property
+    def ends(self) -> Ends:
+        """What tells whether the reply ends with its last ids."""
+        return Ends(self.tokenizer, self.stops)
 
     def message(self) -> Message:
         """The assistant's turn; where a stop string cut its text, the ids say too much."""
@@ -170,8 +187,3 @@ class Reply:
         text, stops = self._text.copy(), self._filter.copy()
         shown = "".join([stops.feed(text.feed(token)) for token in ids])
         return (shown + stops.flush())[self._seen :]
-
-
-def spell(token: int, tokenizer: Tokenizer) -> str:
-    """The text of one token; its name in the vocabulary where it has none."""
-    return tokenizer.token_bytes(token).decode("utf-8", "replace") or tokenizer.piece(token)

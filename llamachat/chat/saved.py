@@ -20,6 +20,7 @@ from llamachat import settings
 from llamachat.chat.templates import Message
 from llamachat.chat.transcript import Transcript, Writer, parse
 from llamachat.errors import DamagedFileError, TransferError, UsageError
+from llamachat.files import write_atomically
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -108,6 +109,11 @@ def saved() -> list[Path]:
 
     found = (p for p in folder().glob(f"*{SUFFIX}") if not p.name.startswith(".") and p.is_file())
     return sorted(found, key=lambda path: (changed(path), path.name), reverse=True)
+
+
+def names() -> list[str]:
+    """The name of every conversation of the folder, the one that was written last first."""
+    return [path.stem for path in saved()]
 
 
 def listed() -> list[Listed]:
@@ -263,21 +269,7 @@ class SessionFile:
         made = (m.record.run for m in messages if m.record and m.record.run)
         lines = writer.header(self._created, next(made, run), self._extra)
         lines += b"".join(map(writer.message, messages))
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-        try:
-            partial.unlink(missing_ok=True)  # what a crash left
-            file = os.open(partial, flags | os.O_EXCL, 0o600)
-            try:
-                _write(file, lines)
-            finally:
-                os.close(file)
-            partial.replace(self.path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
-        _sync_folder(self.path.parent)
+        write_atomically(self.path, lines, mode=0o600)
         self._writer, self._size = writer, len(lines)
 
 
@@ -291,15 +283,3 @@ def _write(file: int, content: bytes) -> None:
     while view:
         view = view[os.write(file, view) :]
     os.fsync(file)
-
-
-def _sync_folder(path: Path) -> None:
-    """Wait until the disk has a folder's new names, where that can be asked for."""
-    if os.name == "nt":
-        return
-    with suppress(OSError):
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)

@@ -117,6 +117,11 @@ def branched(replies: Sequence[Spoken], index: int, token: int, stop_ids: frozen
     return Begun(head, (chosen,), record=record)
 
 
+def text_of(token: int, tokenizer: Tokenizer) -> str:
+    """The text of one token for programs to read; its name in the vocabulary where it has none."""
+    return tokenizer.token_bytes(token).decode("utf-8", "replace") or tokenizer.piece(token)
+
+
 def spelled(token: int, tokenizer: Tokenizer) -> str:
     """A token for people to read: quoted text, the bytes of half a character, or its name."""
     raw = tokenizer.token_bytes(token)
@@ -129,7 +134,9 @@ def spelled(token: int, tokenizer: Tokenizer) -> str:
 
 
 def percent(logprob: float) -> str:
-    """A probability in seven columns; of what a filter removed, a dash."""
+    """A probability in seven columns; of what a filter removed, a dash; "?" where nobody tells."""
+    if math.isnan(logprob):
+        return "      ?"
     if logprob == -math.inf:
         return "      –"
     share = 100 * math.exp(logprob)

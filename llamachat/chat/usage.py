@@ -53,6 +53,11 @@ class Usage:
         return max(0, self.used - self.system - self.summary - said)
 
 
+def counted_turns(n: int) -> str:
+    """Their number, for people."""
+    return f"{n or 'no'} turn{'s' * (n != 1)}"
+
+
 def usage(session: ChatSession) -> Usage:
     """Count a session's prompt; messages alone, so neighbours that share a token count it twice."""
     encode = session.model.tokenizer.encode

@@ -129,7 +129,7 @@ def half_split_rows(n_rows: int, heads: int) -> npt.NDArray[np.intp]:
 
     The inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
     """
-    import numpy as np
+    import numpy as np  # not before weights are read
 
     pairs = np.arange(n_rows).reshape(heads, -1, 2)  # (H, E / 2, 2)
     return pairs.swapaxes(1, 2).reshape(-1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -86,7 +89,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., int]:
     def ended(*args: Any, **kwargs: Any) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in _ENDINGS:
-            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+            signal.signal(number, _end)
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -98,6 +101,16 @@ def guarded(command: Callable[..., None]) -> Callable[..., int]:
         return 0
 
     return ended
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """End the program; what is still shown on a terminal that has gone goes nowhere."""
+    if number != signal.SIGTERM:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    sys.exit(128 + number)
 
 
 def _stand_somewhere() -> None:

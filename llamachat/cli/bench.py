@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
 from llamachat.cli.flags import Device, Force, Json, Text, Verbose, option
+from llamachat.cli.served import ApiKeyFile, ServedBy, Timeouts
 
 
 def bench(
+    context: typer.Context,
     *,
     model: Annotated[
         Text, option("--model", "-m", metavar="MODEL,...", help="Aliases, org/name, or paths.")
     ] = None,
+    endpoint: ServedBy = None,
+    api_key_file: ApiKeyFile = None,
+    timeouts: Timeouts = None,
     n_prompt: Annotated[
         str, option("--n-prompt", "-p", metavar="N,...", help="Prompt tokens; 0: none [512].")
     ] = "512",
@@ -38,10 +45,15 @@ def bench(
     force: Force = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure speed as llama-bench does, and the memory bandwidth that bounds it."""
+    """Measure speed as llama-bench does, and the memory bandwidth that bounds it.
+
+    Of a server: tokens a second and the time to the first one, as one client meets them.
+    """
+    flags = dict(locals())
     from dataclasses import asdict
 
     from llamachat import settings
+    from llamachat.cli.served import endpoint_of, measured
     from llamachat.library.fit import Wanted
     from llamachat.measure.plan import plan
     from llamachat.terminal.failure import Notices
@@ -62,6 +74,9 @@ def bench(
         device=device,
     )
     notices, status = Notices(), Status()
+    if (server := endpoint_of(flags, notices)) is not None:
+        show_rows(map(asdict, measured(server, model, asked, notices, status.show)), form, status)
+        return
     door = Door(notices, flags=("--quantize",), force=force)
     for setup in asked.setups:
         door.prepare(setup.model, Wanted(asked.ctx_size, setup.quantize, device))

@@ -63,6 +63,7 @@ from llamachat.cli.flags import (
     option,
     run_of,
 )
+from llamachat.cli.served import ApiKeyFile, ServedBy, Timeouts
 
 
 def chat(
@@ -70,6 +71,9 @@ def chat(
     argument: Question = None,
     *,
     model: ModelName = None,
+    endpoint: ServedBy = None,
+    api_key_file: ApiKeyFile = None,
+    timeouts: Timeouts = None,
     prompt: Prompt = None,
     file: Files = None,
     system: System = None,

@@ -45,6 +45,7 @@ from llamachat.cli.flags import (
     option,
     run_of,
 )
+from llamachat.cli.served import ApiKeyFile, ServedBy, Timeouts
 
 
 def compare(
@@ -53,6 +54,9 @@ def compare(
     *,
     with_: With = None,
     model: ModelName = None,
+    endpoint: ServedBy = None,
+    api_key_file: ApiKeyFile = None,
+    timeouts: Timeouts = None,
     prompt: Prompt = None,
     file: Files = None,
     system: System = None,

@@ -20,6 +20,16 @@ def models(incomplete: str) -> Iterator[str]:
     return starting(incomplete, [*own, *(entry.alias for entry in CATALOG)])
 
 
+def sessions(incomplete: str) -> Iterator[str]:
+    """Conversations that are kept, the last one first."""
+    from llamachat.chat import saved
+
+    try:
+        return starting(incomplete, saved.names())
+    except LlamachatError:
+        return iter(())
+
+
 def strategies(incomplete: str) -> Iterator[str]:
     """Names of strategies."""
     from llamachat.chat.options import STRATEGIES

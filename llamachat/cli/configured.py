@@ -20,6 +20,10 @@ def configure(context: typer.Context, model: str | None) -> str | None:
     """Let the config file decide what neither a flag nor a variable does."""
     if not context.resilient_parsing:  # a shell asks for names
         from llamachat import settings
+
+        context.meta[ORIGINS], context.default_map = {}, {}
+        if not settings.config():  # the rest takes a while to import
+            return model
         from llamachat.chat.configuration import defaults_for, read
 
         config = read(flags_of_chat())

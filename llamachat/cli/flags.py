@@ -291,7 +291,13 @@ With = Annotated[
     ),
 ]
 Session = Annotated[
-    Text, option("--session", metavar="NAME", help="Go on with this conversation, or begin it.")
+    Text,
+    option(
+        "--session",
+        metavar="NAME",
+        help="Go on with this conversation, or begin it.",
+        complete=completion.sessions,
+    ),
 ]
 Continue = Annotated[
     bool,
@@ -318,6 +324,7 @@ def run_of(flags: Mapping[str, Any], notices: Notices) -> Run:
     """
     from llamachat import settings
     from llamachat.chat.sources import settle
+    from llamachat.cli.served import endpoint_of
     from llamachat.terminal import question
     from llamachat.terminal.opening import Run
 
@@ -338,6 +345,7 @@ def run_of(flags: Mapping[str, Any], notices: Notices) -> Run:
         "speculate": flags.get("speculate", 0),
         "overflow": flags.get("overflow", "trim"),
         "token": question.token(flags["hf_token_file"], notices),
+        "endpoint": endpoint_of(flags, notices),
         "notices": notices,
     }
     return Run(**{**plain, **read})

@@ -8,12 +8,19 @@ from typing import Annotated, Optional
 
 import typer
 
+from llamachat.cli import completion
 from llamachat.cli.flags import Json, option
 
 # ruff: noqa: UP045  # Typer reads Optional on every Python that is supported
 
 SessionName = Annotated[
-    str, typer.Argument(metavar="NAME", help="As the list has it, or a path.", show_envvar=False)
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="As the list has it, or a path.",
+        show_envvar=False,
+        autocompletion=completion.sessions,
+    ),
 ]
 
 
@@ -52,7 +59,12 @@ def export(
 
 
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="As the list has them.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...", help="As the list has them.", autocompletion=completion.sessions
+        ),
+    ],
     *,
     yes: Annotated[bool, option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamachat.engine.decoding import Tail
+from llamachat.errors import LlamachatError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,27 @@ class Speculation:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as a server counts them: of the prompt, of it those that it had, of the reply."""
+
+    prompt: int
+    reused: int
+    reply: int
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
-    """The reply is over: "stop" (a stop id or stop string), "length" or "loop"."""
+    """The reply is over: "stop" (a stop id or stop string), "length" or "loop".
+
+    Attributes:
+        usage: where ids are no tokens.
+        problem: why it was "interrupted", if not by the user.
+    """
 
     finish_reason: str
     speculation: Speculation | None = None
+    usage: Usage | None = None
+    problem: LlamachatError | None = None
 
 
 EngineEvent = Prefill | Token | Tails | Done

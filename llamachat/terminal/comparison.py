@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llamachat import settings
 from llamachat.chat.compare import Comparison, Indexed, Parting
 from llamachat.chat.events import Done, Prefill, Text, Trimmed
+from llamachat.chat.remote import Server
 from llamachat.chat.specs import Spec
 from llamachat.errors import UsageError
 from llamachat.terminal.columns import MARK, NARROWEST, Columns, Footer, column_width
@@ -20,7 +21,7 @@ from llamachat.terminal.interrupts import interruptible
 from llamachat.terminal.opening import Opened, Run, open_session, reopened
 from llamachat.terminal.output import Lines, write
 from llamachat.terminal.progress import PrefillProgress
-from llamachat.terminal.reply import report, write_event, write_failure
+from llamachat.terminal.reply import named, report, write_event, write_failure
 from llamachat.terminal.stream import overflow_notice
 
 if TYPE_CHECKING:
@@ -38,10 +39,16 @@ class Models:
         self.now = self._own = opened
         self._run = run
 
-    def use(self, form: str | None) -> Model:
-        """The model in this form."""
+    def use(self, form: str | None) -> Model | Server:
+        """The model in this form.
+
+        Raises:
+            UsageError: a server runs it, in a form of its own.
+        """
         self.now = self._own  # another form is let go before the next one is loaded
-        if form not in (None, self._own.model.quantize):
+        if form is not None and isinstance(self._own.model, Server):
+            raise self._own.model.dialect.refusal(f"quantize={form}")
+        if not isinstance(self._own.model, Server) and form not in (None, self._own.model.quantize):
             self.now = reopened(self._own, replace(self._run, quantize=str(form)))
         return self.now.model
 
@@ -147,6 +154,8 @@ def compare(
         else:
             show(comparison, run.notices)
     ended = comparison.done.values()
+    if problem := next((done.problem for done in ended if done.problem), None):
+        raise problem
     if len(ended) < len(specs) or any(done.finish_reason == "interrupted" for done in ended):
         raise KeyboardInterrupt
 
@@ -173,7 +182,7 @@ def figures(comparison: Comparison, index: int) -> list[str]:
     done, parting = comparison.done.get(index), comparison.parting(index)
     if done is None:
         return []
-    n = len(done.token_ids)
+    n = done.completion_tokens
     parts = [f"{n} token{'s' * (n != 1)}"]
     if done.mean_logprob is not None:
         parts.append(f"mean logprob {done.mean_logprob:.3f}")
@@ -254,8 +263,7 @@ def _stream_events(question: str, run: Run, specs: Sequence[Spec]) -> Comparison
         opened = open_session(run)
         models = Models(opened, run)
         comparison = Comparison(opened.session, specs, question, use=models.use)
-        model, revision = opened.model.name, opened.model.located.revision
-        write_event("start", model=model, revision=revision, specs=[it.text for it in specs])
+        write_event("start", **named(opened.model), specs=[it.text for it in specs])
         together = set(range(1, len(specs)))
         for i, event in interruptible(comparison.run()):
             for other in sorted(together):

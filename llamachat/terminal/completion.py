@@ -8,8 +8,11 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 
 from llamachat import settings
-from llamachat.chat.commands import COMMANDS, Choices, FileName, ModelName
-from llamachat.chat.commands.effects import Argument
+from llamachat.chat import saved
+from llamachat.chat.code_blocks import code_blocks
+from llamachat.chat.commands import COMMANDS, Choices, Conversation, FileName, ModelName
+from llamachat.chat.commands.effects import Argument, BlockNumber, SessionName
+from llamachat.chat.commands.replies import last_reply
 from llamachat.library.catalog import CATALOG
 from llamachat.library.store import installed
 
@@ -17,7 +20,14 @@ _COMMAND = Choices(COMMANDS, after={n: c.argument for n, c in COMMANDS.items() i
 
 
 class LineCompleter(Completer):
-    """Completes the last word of a line that begins with a slash."""
+    """Completes the last word of a line that begins with a slash.
+
+    Args:
+        conversation: what is talked about, once there is a model.
+    """
+
+    def __init__(self, conversation: Conversation | None = None) -> None:
+        self._conversation = conversation
 
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
@@ -27,13 +37,23 @@ class LineCompleter(Completer):
         if not line.startswith("/") or "\n" in line:
             return
         argument, typed = _last(_COMMAND, line[1:])
-        if isinstance(argument, FileName) and typed.startswith(argument.prefix):
-            path = Document(typed.removeprefix(argument.prefix))
+        prefix = argument.prefix if isinstance(argument, FileName) else ""
+        if isinstance(argument, FileName | SessionName) and typed.startswith(prefix):
+            path = Document(typed.removeprefix(prefix))
             yield from PathCompleter(expanduser=True).get_completions(path, complete_event)
-            return
-        for word in _words(argument):
+        for word in self._words(argument):
             if word.startswith(typed):
                 yield Completion(word, start_position=-len(typed))
+
+    def _words(self, argument: Argument | None) -> Iterable[str]:
+        if isinstance(argument, Choices):
+            return argument.words
+        if isinstance(argument, SessionName):
+            return saved.names()
+        if isinstance(argument, BlockNumber) and self._conversation is not None:
+            blocks = code_blocks(last_reply(self._conversation) or "")
+            return [str(number) for number, _ in enumerate(blocks, 1)]
+        return _models() if isinstance(argument, ModelName) else []
 
 
 def _last(argument: Argument | None, typed: str) -> tuple[Argument | None, str]:
@@ -47,11 +67,7 @@ def _last(argument: Argument | None, typed: str) -> tuple[Argument | None, str]:
     return argument, typed
 
 
-def _words(argument: Argument | None) -> list[str]:
-    if isinstance(argument, Choices):
-        return list(argument.words)
-    if not isinstance(argument, ModelName):
-        return []
+def _models() -> list[str]:
     on_disk = (model.name for model in installed())
     aliases = (*settings.aliases(), *(entry.alias for entry in CATALOG))
     return sorted({*on_disk, *aliases})

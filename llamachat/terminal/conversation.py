@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING
 from llamachat import settings
 from llamachat.terminal.failure import Notices, one_line, say, show_failure
 from llamachat.terminal.opener import Opener
-from llamachat.terminal.prompt import Line, ask_yes, typed_unseen
+from llamachat.terminal.prompt import Line, ask_yes, take_typed, typed_unseen
 from llamachat.terminal.question import valid
 from llamachat.terminal.toolbar import fitted, toolbar
 
 if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
+
     from llamachat.terminal.front import Front
     from llamachat.terminal.opening import Run
     from llamachat.terminal.repl import Talk
 
 HOW_TO_BEGIN = "/help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
+LEAVE = "/exit"
 HOW_TO_LEAVE = "Ctrl-D or /exit leaves."
 
 
@@ -43,6 +46,7 @@ def converse(
     if not notices.quiet:
         say(HOW_TO_BEGIN)
     with Dialogue(read, notices, first) as dialogue, typed_unseen(signals=False):
+        take_typed()
         while (line := dialogue.next_line()) is not None:
             try:
                 if line.strip() and dialogue.perform(line):
@@ -76,7 +80,7 @@ class Dialogue:
 
             say(f">>> {one_line(first)}")
             self._waiting.append(as_typed(first))
-        self._line = Line(self._toolbar, notices)
+        self._line = Line(self._toolbar, notices, self._completer)
         self._opener = Opener(self._open, ask_yes, self._line.redraw)
         if not opens_meanwhile():
             from llamachat.terminal.front import Streams
@@ -102,7 +106,10 @@ class Dialogue:
                     return self._waiting.popleft()
                 line = self._line.read(self._opener.waking, self._opener.start)
             except EOFError:
-                return None
+                if not self._waiting or self._waiting[-1] == LEAVE:
+                    return None
+                self._waiting.append(LEAVE)  # after what was typed before; the next time at once
+                continue
             except KeyboardInterrupt:
                 say("[not sent]" if self._waiting else HOW_TO_LEAVE)
                 self._waiting.clear()
@@ -144,6 +151,11 @@ class Dialogue:
             from llamachat.terminal.repl import kept
 
             self._kept.enter_context(kept(opened))
+
+    def _completer(self) -> Completer:
+        from llamachat.terminal.completion import LineCompleter
+
+        return LineCompleter(self._talk.conversation if self._talk else None)
 
     def _toolbar(self, columns: int) -> str:
         if self._talk is not None:

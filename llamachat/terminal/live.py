@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.text import Text
 
 from llamachat.terminal.markdown_rows import folded
-from llamachat.terminal.output import emit
+from llamachat.terminal.output import emit, size_of
 
 BEGIN, END = "\033[?2026h", "\033[?2026l"  # a frame, which appears at once
 HIDE, SHOW = "\033[?25l", "\033[?25h"  # the cursor
 NO_WRAP, WRAP = "\033[?7l", "\033[?7h"
-ERASE_BELOW = "\033[J"
+# From the second cell on, then the first: where the whole screen is erased at once, tmux keeps a
+# copy of it in the scrollback.
+ERASE_BELOW = "\033[C\033[J\r\033[K"
 
 
 class LiveRows:
@@ -33,10 +35,7 @@ class LiveRows:
 
     def size(self) -> os.terminal_size:
         """Columns and lines."""
-        try:
-            return os.get_terminal_size(sys.stdout.fileno())
-        except OSError:  # it was closed
-            return os.terminal_size((80, 24))
+        return size_of(sys.stdout)
 
     def draw(
         self, finished: Sequence[Text], live: Sequence[Text], below: Sequence[Text] = ()

@@ -37,6 +37,9 @@ class Markdown:
         self._line_size = 0
         self._lines: list[str] = []  # of blocks that may go on
         self._size, self._parsed_from = 0, 0
+        self._in_table = (
+            False  # which ends with a blank line at the latest, and is whole or nothing
+        )
         self._indent = 0  # of what belongs to the open item of a list, in any case
         self._code: OpenCode | None = None
         self._before = ""  # the type of the last block that is finished
@@ -101,9 +104,11 @@ class Markdown:
 
     def _may_end(self, line: str, was_blank: bool) -> bool:
         """Whether with this line a block may have ended, or an item of a list."""
+        if self._in_table and not line.strip():
+            return True
         if self._size < self._parsed_from:
             return False
-        if self._size > LONGEST:
+        if self._size > LONGEST and not self._in_table:
             return True
         if not line.strip():
             return not (was_blank or self._indent)
@@ -124,6 +129,7 @@ class Markdown:
             return self._finish(blocks, len(self._lines), width)
         rows = self._finish(ended, last.map[0] if last.map and ended else 0, width)
         self._indent = _content_offset(self._lines) if last.type == "list_item" else 0
+        self._in_table = last.type == "table"
         self._parsed_from = self._size * 5 // 4 if self._size > PATIENT else 0
         return rows
 
@@ -135,6 +141,7 @@ class Markdown:
         self._lines = [*[""] * blank, *self._lines[end:]]
         self._size = sum(map(len, self._lines)) + len(self._lines)
         self._parsed_from = self._indent = 0
+        self._in_table = False
         return rows
 
     def _finish_blocks(self, width: int) -> list[Text]:

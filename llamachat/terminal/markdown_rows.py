@@ -10,7 +10,7 @@ from markdown_it.rules_block.table import escapedSplit
 from markdown_it.tree import SyntaxTreeNode as Node
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -19,20 +19,22 @@ from llamachat.terminal.markdown_code import highlighted
 from llamachat.terminal.output import shown
 
 NARROWEST_COLUMN = 6
+GAP = 3  # between columns
 RULE = "─" * 20
 STYLES = {
     "em": "italic", "strong": "bold", "s": "strike", "code_inline": "bold cyan",
     "link": "underline", "image": "underline",
 }  # fmt: skip
 APART = ("fence", "code_block", "table")  # from what stands before and after, always
-_BREAK = re.compile(r"<br ?/?>")
+_ENDS_ROW = re.compile(r"[\n\t]")
+_LINE_BREAK = re.compile(r"<br ?/?>")
 _TASK = re.compile(r"\[([ xX])\] ")
 
 
 def parser() -> MarkdownIt:
     """CommonMark with tables; what would hide text (HTML, definitions of links) stays text."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-    return markdown.disable(["reference", "text_join"])
+    return markdown.disable(["reference", "text_join", "html_block", "html_inline"])
 
 
 def units(root: Node) -> list[Node]:
@@ -130,7 +132,8 @@ class Rows:
         return self._wrapped(text, width)
 
     def _wrapped(self, text: Text, width: int) -> list[Text]:
-        rows = list(text.wrap(self._console, width)) or [Text()]
+        fits = cell_len(text.plain) <= width and not _ENDS_ROW.search(text.plain)
+        rows = [text] if fits else list(text.wrap(self._console, width)) or [Text()]
         for row in rows:
             row.rstrip()
         return rows
@@ -179,19 +182,29 @@ class Rows:
         cells = [[self._cell(cell) for cell in row] for row in body]
         if width < NARROWEST_COLUMN * len(heading):
             return self._records([self._cell(cell) for cell in heading], cells, width)
+        titles = [self._cell(cell) for cell in heading]
+        sides: list[JustifyMethod] = [_side(cell) for cell in heading]
+        rows = _unfolded(titles, sides, cells, width) or self._folded(titles, sides, cells, width)
+        for row in rows:
+            row.rstrip()
+        return rows
+
+    def _folded(
+        self,
+        heading: Sequence[Text],
+        sides: Sequence[JustifyMethod],
+        body: Sequence[Sequence[Text]],
+        width: int,
+    ) -> list[Text]:
+        """A table whose cells are folded to fit."""
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-        for cell in heading:
-            side = str(cell.attrs.get("style", "left")).rpartition(":")[2]
-            justify = side if side in ("center", "right") else "left"
-            table.add_column(self._cell(cell), justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for row in cells:
+        for title, side in zip(heading, sides, strict=True):
+            table.add_column(title, justify=side, overflow="fold")
+        for row in body:
             table.add_row(*row)
         options = self._console.options.update(width=width)
         drawn = self._console.render_lines(table, options, pad=False)
-        rows = [Text.assemble(*((it.text, it.style or "") for it in row)) for row in drawn]
-        for drawn_row in rows:
-            drawn_row.rstrip()
-        return rows
+        return [Text.assemble(*((it.text, it.style or "") for it in row)) for row in drawn]
 
     def _records(
         self, heading: Sequence[Text], body: Sequence[Sequence[Text]], width: int
@@ -206,7 +219,9 @@ class Rows:
 
     def _cell(self, node: Node) -> Text:
         text = self._inline(node)
-        return Text("\n").join(_split(text, _BREAK)) if _BREAK.search(text.plain) else text
+        return (
+            Text("\n").join(_split(text, _LINE_BREAK)) if _LINE_BREAK.search(text.plain) else text
+        )
 
 
 def folded(row: Text, width: int) -> list[Text]:
@@ -235,6 +250,38 @@ def _indented(rows: Sequence[Text], first: str, rest: str) -> list[Text]:
         marked.append(Text.assemble(rest if i else first, row))
         marked[-1].rstrip()
     return marked
+
+
+def _side(cell: Node) -> JustifyMethod:
+    side = str(cell.attrs.get("style", "left")).rpartition(":")[2]
+    return "center" if side == "center" else "right" if side == "right" else "left"
+
+
+def _unfolded(
+    heading: Sequence[Text],
+    sides: Sequence[JustifyMethod],
+    body: Sequence[Sequence[Text]],
+    width: int,
+) -> list[Text] | None:
+    """A table as rich draws it, in a tenth of the time; None if a cell has to be folded."""
+    cells = [heading, *body]
+    sizes = [[cell_len(cell.plain) for cell in row] for row in cells]
+    widths = [max(column) for column in zip(*sizes, strict=True)]
+    whole = sum(widths) + GAP * (len(widths) - 1)
+    if whole > width or not any(widths) or any("\n" in it.plain for row in cells for it in row):
+        return None
+    rows = []
+    for row, used in zip(cells, sizes, strict=True):
+        text = Text()
+        for i, cell in enumerate(row):
+            free = widths[i] - used[i]
+            before = {"left": 0, "center": free // 2, "right": free}[sides[i]]
+            text.append(" " * (before + GAP * (i > 0)))
+            text.append_text(cell)
+            text.append(" " * (free - before))
+        rows.append(text)
+    rows[0].stylize("bold")
+    return [rows[0], Text("─" * whole), *rows[1:]]
 
 
 def _table_rows(node: Node) -> list[list[Node]]:

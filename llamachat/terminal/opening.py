@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamachat import settings
 from llamachat.chat.builtin import BuiltInTemplate, check_name, template_for
 from llamachat.chat.context import check_overflow
+from llamachat.chat.endpoint import Endpoint
 from llamachat.chat.options import Options, Said
 from llamachat.chat.session import ChatSession
 from llamachat.chat.templates import PlainTemplate, Template
@@ -19,6 +20,7 @@ from llamachat.terminal.failure import Notices
 from llamachat.terminal.front import BetweenLines, Front, Streams
 
 if TYPE_CHECKING:
+    from llamachat.chat.remote import Server
     from llamachat.loading import Model
 
 
@@ -29,6 +31,7 @@ class Run:
     Attributes:
         layers: (origin, values) of decoding below what was said, the strongest first.
         origins: who said what, by name.
+        endpoint: the server that answers; None: this process does.
     """
 
     model: str | None
@@ -57,6 +60,7 @@ class Run:
     verbose: bool
     layers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
+    endpoint: Endpoint | None = None
     session: str | None = None
     resume: bool = False
     no_save: bool = False
@@ -68,9 +72,9 @@ class Run:
 
 @dataclass(slots=True)
 class Opened:
-    """A loaded model, the session over it, and the seconds that loading took."""
+    """A model that is loaded or served, the session over it, and the seconds that this took."""
 
-    model: Model
+    model: Model | Server
     session: ChatSession
     load_s: float
 
@@ -85,6 +89,10 @@ def open_session(run: Run, front: Front | None = None) -> Opened:
     Raises:
         LlamachatError: see `load`; what is wrong with names and options is found before loading.
     """
+    if run.endpoint is not None:
+        from llamachat.terminal.connecting import open_remote
+
+        return open_remote(run, run.endpoint)
     decoding = run.options().decoding()
     check_one_row(decoding, draft=run.speculate, logprobs=run.logprobs)
     if run.template is not None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from llamachat.errors import TransferError, UsageError
 from llamachat.files import write_atomically
@@ -64,6 +65,14 @@ def lost(error: OSError) -> Exception:
     if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
         return BrokenPipeError()
     return TransferError(f"stdout: {error.strerror or error}", hint="write to another file or disk")
+
+
+def size_of(stream: TextIO) -> os.terminal_size:
+    """Columns and lines of a terminal; the usual ones where it has gone."""
+    try:
+        return os.get_terminal_size(stream.fileno())
+    except OSError:
+        return os.terminal_size((80, 24))
 
 
 def shown(text: str) -> str:

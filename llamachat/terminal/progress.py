@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Protocol
 from llamachat import settings
 from llamachat.chat.events import Prefill
 from llamachat.terminal.failure import Notices, say
+from llamachat.terminal.output import size_of
 
 PLAIN_EVERY_S = 5.0
 PATIENCE_S = 1.0  # of prefill before it shows progress
@@ -36,7 +36,7 @@ class Status:
     def show(self, text: str) -> None:
         """Replace what the line says."""
         if self._watched:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            width = size_of(sys.stderr).columns
             sys.stderr.write(f"\r\033[K{text[: max(0, width - 1)]}")
             sys.stderr.flush()
             self._shown = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from prompt_toolkit.application import Application
 from prompt_toolkit.completion import Completer, DynamicCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.layout.processors import TabsProcessor
 
 from llamachat import settings
@@ -25,11 +28,17 @@ Waking = Callable[[Callable[[], None]], AbstractContextManager[None]]
 class Line:
     """The input line: Enter sends, Alt-Enter or Ctrl-J makes a new line, a paste is one message."""
 
-    def __init__(self, toolbar: Callable[[int], str], notice: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        toolbar: Callable[[int], str],
+        notice: Callable[[str], None],
+        completer: Callable[[], Completer],
+    ) -> None:
         """Prepare it.
 
         Args:
             toolbar: what stands below, in so many columns.
+            completer: what Tab asks, each time.
             notice: told what the user should know.
         """
         self._editing: asyncio.Task[None] | None = None
@@ -44,7 +53,7 @@ class Line:
             multiline=True,
             key_bindings=self._keys(),
             history=new_history(notice),
-            completer=DynamicCompleter(_completer),
+            completer=DynamicCompleter(completer),
             complete_while_typing=False,
             bottom_toolbar=below if settings.ui().toolbar else None,
             enable_history_search=True,
@@ -168,7 +177,11 @@ if sys.platform == "win32":
         """The console shows no keys until a line is asked for."""
         yield
 
+    def take_typed() -> None:
+        """The console keeps keys as they are typed."""
+
 else:
+    import select
     import termios
 
     @contextmanager
@@ -194,14 +207,28 @@ else:
             with suppress(termios.error):  # the terminal has gone
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
+    def take_typed() -> None:
+        """Let the next line begin with what was typed while the terminal took whole lines.
+
+        To that one Enter was a newline and Ctrl-D an end, which is read as NUL. Several lines are
+        one message, as it may be a paste: no terminal tells that yet.
+        """
+        from prompt_toolkit.application.current import get_app_session
+        from prompt_toolkit.input.typeahead import store_typeahead
+        from prompt_toolkit.input.vt100_parser import Vt100Parser
+
+        typed = b""
+        with suppress(OSError):
+            while select.select([sys.stdin], [], [], 0)[0] and (more := os.read(0, 4096)):
+                typed += more
+        keys: list[KeyPress] = []
+        parser = Vt100Parser(keys.append)
+        typed = re.sub(rb"\n(?=\x04|$)", b"\r", typed.replace(b"\0", b"\x04"))
+        parser.feed_and_flush(typed.decode("utf-8", "surrogateescape"))
+        store_typeahead(get_app_session().input, keys)
+
 
 def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     """Call it in the loop, from any thread; one that has ended needs no call."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(call)
-
-
-def _completer() -> Completer:
-    from llamachat.terminal.completion import LineCompleter
-
-    return LineCompleter()

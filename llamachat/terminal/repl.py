@@ -25,8 +25,11 @@ from llamachat.chat.commands import (
 from llamachat.chat.compare import Comparison
 from llamachat.chat.events import Done, Event, Text
 from llamachat.chat.keeping import Found
+from llamachat.chat.remote import Server
 from llamachat.chat.session import ChatSession
 from llamachat.chat.spoken import Spoken, listing
+from llamachat.chat.templates import Message
+from llamachat.chat.usage import counted_turns
 from llamachat.terminal.clipboard import copy
 from llamachat.terminal.comparison import Models, show
 from llamachat.terminal.editor import edited
@@ -74,14 +77,19 @@ def kept(talk: Talk) -> Iterator[None]:
     run, found, opened = talk.run, talk.found, talk.opened
     saves = settings.keeps_history() or is_named(run)
     with keeping(opened, run, found, saves=saves) as talk.conversation.keeper:
+        talk.conversation.used_tokens = len(opened.session.prompt_ids)
         if found is not None and found.transcript is not None and not run.notices.quiet:
-            say(f"Going on with {found.path.stem}: {opened.session.turns} turn(s).")
+            say(f"Going on with {found.path.stem}: {counted_turns(opened.session.turns)}.")
         yield
 
 
 def title(opened: Opened) -> str:
     """One line about the model."""
     model = opened.model
+    if isinstance(model, Server):
+        from llamachat.terminal.connecting import title_of
+
+        return title_of(model)
     return (
         f"{model.name} · {model.config.n_params / 1e6:,.0f}M parameters · {model.form} · "
         f"{model.threads} thread{'s' * (model.threads > 1)} · context {model.engine.ctx_size:,}"
@@ -99,11 +107,22 @@ def perform(line: str, talk: Talk) -> bool:
     effect = interpret(line, conversation)
     if isinstance(effect, Leave):
         return True
+    before = conversation.last, conversation.session.messages
     _do(effect, talk)
-    conversation.used_tokens = len(conversation.session.prompt_ids)
+    _count(talk, *before)
     if conversation.keeper is not None:
         conversation.keeper.keep()
     return False
+
+
+def _count(talk: Talk, last: Done | None, messages: Sequence[Message]) -> None:
+    """Count the context that is used: by what a server told of its last reply, or by ids."""
+    conversation = talk.conversation
+    done, session = conversation.last, conversation.session
+    if done is not None and done is not last and done.counted is not None:
+        conversation.used_tokens = done.prompt_tokens + done.counted
+    elif not isinstance(talk.opened.model, Server) or session.messages != messages:
+        conversation.used_tokens = len(session.prompt_ids)
 
 
 def _do(effect: Effect, talk: Talk) -> None:
@@ -111,7 +130,7 @@ def _do(effect: Effect, talk: Talk) -> None:
 
 
 def _say(effect: Say, _: Talk) -> None:
-    say(effect.text)
+    say(effect.text, verbatim=effect.verbatim)
 
 
 def _copy(effect: Copy, _: Talk) -> None:
@@ -156,7 +175,7 @@ def _follow(events: Generator[Event, None, None], talk: Talk, before: Sequence[T
 def _branch(spoken: Spoken, session: ChatSession) -> Branch | None:
     """Let the user choose another token: what stands before it, and how the reply goes on."""
     tokenizer = session.model.tokenizer
-    if not can_walk():
+    if not can_walk() or isinstance(session.model, Server):  # which takes no token back
         say(listing(spoken, tokenizer))
         return None
     choice = walk(spoken, tokenizer)

@@ -93,6 +93,8 @@ class Models:
 
         if not isinstance(run.get("model"), str):
             raise UsageError("the model was not recorded: there is nothing to check with")
+        if run.get("source") == "endpoint":
+            raise UsageError(f"a server answered ({run.get('endpoint')}): it cannot be checked")
         lora = [it for it in run.get("lora") or () if isinstance(it, str)]
         quantize = form or run.get("quantize")
         model = load(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamachat.chat.code_blocks import code_blocks
 from llamachat.chat.commands import statistics
@@ -24,7 +24,9 @@ from llamachat.chat.events import (
     Trimmed,
 )
 from llamachat.chat.keeping import Found
-from llamachat.chat.reply import spell
+from llamachat.chat.pieces import Pieces
+from llamachat.chat.remote import Server
+from llamachat.chat.spoken import text_of
 from llamachat.errors import UsageError
 from llamachat.terminal.failure import Notices, say, understood
 from llamachat.terminal.interrupts import interruptible
@@ -35,6 +37,9 @@ from llamachat.terminal.saving import is_named, keeping, wanted
 from llamachat.terminal.stream import loop_notice, overflow_notice
 from llamachat.terminal.tails import TextOverTails
 from llamachat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamachat.loading import Model
 
 
 def answer(
@@ -81,7 +86,7 @@ def answer(
     if run.verbose:
         say(f"llamachat: {statistics(done)}")
     if done.finish_reason == "interrupted":
-        raise KeyboardInterrupt
+        raise done.problem or KeyboardInterrupt
 
 
 def report(done: Done, opened: Opened) -> dict[str, Any]:
@@ -91,14 +96,12 @@ def report(done: Done, opened: Opened) -> dict[str, Any]:
     tokenizer = opened.model.tokenizer
     logprobs = {"logprobs": [_logprobs(it, tokenizer) for it in done.logprobs]}
     return {
-        "model": opened.model.name,
-        "revision": opened.model.located.revision,
-        "quantize": opened.model.quantize,
+        **_who(opened.model),
         "text": done.text,
         "finish_reason": done.finish_reason,
         "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": len(done.token_ids),
-        "token_ids": list(done.token_ids),
+        "completion_tokens": done.completion_tokens,
+        "token_ids": None if isinstance(opened.model, Server) else list(done.token_ids),
         "seed": done.seed,
         "strategy": dict(done.strategy),
         "truncated": {k: v for k, v in asdict(done.trimmed).items() if v is not None},
@@ -109,10 +112,32 @@ def report(done: Done, opened: Opened) -> dict[str, Any]:
             "decode_s": round(times.decode_s, 4),
             "ttft_s": round(times.ttft_s, 4),
             "prefill_tok_per_s": _rate(ran, times.prefill_s),
-            "decode_tok_per_s": _rate(len(done.token_ids) - 1, times.decode_s),
+            "decode_tok_per_s": _rate(done.completion_tokens - 1, times.decode_s),
         },
         **(logprobs if opened.session.logprobs else {}),
     }
+
+
+def _who(model: Model | Server) -> dict[str, Any]:
+    """Who answered, and in which form."""
+    if isinstance(model, Server):
+        return {
+            "model": model.name,
+            "revision": None,
+            "quantize": None,
+            "endpoint": model.endpoint.url,
+        }
+    return {
+        "model": model.name,
+        "revision": model.located.revision,
+        "quantize": model.quantize,
+    }
+
+
+def named(model: Model | Server) -> dict[str, Any]:
+    """The model as the first event of a stream tells it."""
+    told = _who(model)
+    return {name: told[name] for name in told if name != "quantize"}
 
 
 def _first_code(text: str, notice: Notices) -> str:
@@ -154,7 +179,7 @@ def _stream_events(question: str, run: Run, found: Found | None) -> Done:
     done = None
     try:
         opened = open_session(run)
-        write_event("start", model=opened.model.name, revision=opened.model.located.revision)
+        write_event("start", **named(opened.model))
         with (
             keeping(opened, run, found, saves=is_named(run)),
             closing(interruptible(opened.session.send(question))) as events,
@@ -182,11 +207,11 @@ def _logprobs(found: Probabilities, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _logprob(one: Probability, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One token; `filtered_logprob` is null where the filters removed it."""
-    removed = one.filtered_logprob == -math.inf
+    """One token; `filtered_logprob` is null where the filters removed it, or nobody tells."""
+    removed = not math.isfinite(one.filtered_logprob)
     return {
-        "id": one.id,
-        "token": spell(one.id, tokenizer),
+        "id": None if isinstance(tokenizer, Pieces) else one.id,
+        "token": text_of(one.id, tokenizer),
         "logprob": round(one.logprob, 6),
         "filtered_logprob": None if removed else round(one.filtered_logprob, 6),
     }

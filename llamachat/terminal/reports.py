@@ -14,6 +14,7 @@ from llamachat.terminal.output import write
 from llamachat.terminal.progress import Status
 
 Row = Mapping[str, Any]
+Columns = tuple[tuple[str, int, str, Callable[[Row], str]], ...]
 GIB = 2**30
 
 
@@ -28,7 +29,7 @@ def _share(row: Row) -> str:
 
 
 # Heading, width, alignment, and the cell of a row.
-_COLUMNS: tuple[tuple[str, int, str, Callable[[Row], str]], ...] = (
+_COLUMNS: Columns = (
     ("model", 24, "<", lambda row: PureWindowsPath(row["model"]).name),
     ("quantize", 8, "<", lambda row: str(row["quantize"])),
     ("backend", 9, "<", lambda row: str(row["backend"])),
@@ -40,6 +41,16 @@ _COLUMNS: tuple[tuple[str, int, str, Callable[[Row], str]], ...] = (
     ("first token", 11, ">", lambda row: f"{row['ttft_s']:.3f} s"),
     ("load", 7, ">", lambda row: f"{row['load_s']:.2f} s"),
     ("peak", 9, ">", lambda row: f"{row['peak_bytes'] / GIB:.2f} GiB"),
+)
+
+# Of a server the rest is not known.
+_SERVED_COLUMNS: Columns = (
+    ("model", 24, "<", lambda row: str(row["model"])),
+    ("server", 16, "<", lambda row: str(row["server"])),
+    ("test", 11, ">", lambda row: str(row["test"])),
+    ("prompt", 7, ">", lambda row: str(row["prompt_tokens"])),
+    ("tok/s", 16, ">", lambda row: f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}"),
+    ("first token", 11, ">", lambda row: f"{row['ttft_s']:.3f} s"),
 )
 
 
@@ -74,19 +85,21 @@ def _write_table(rows: Iterable[Row]) -> None:
     last = None
     try:
         for row in rows:
+            columns = _SERVED_COLUMNS if "endpoint" in row else _COLUMNS
             if last is None:
-                rules = ("-" * (width - 1) + "-:"[align == ">"] for _, width, align, _ in _COLUMNS)
-                _write_line(heading for heading, *_ in _COLUMNS)
-                _write_line(rules)
-            _write_line(cell(row) for *_, cell in _COLUMNS)
+                rules = ("-" * (width - 1) + "-:"[align == ">"] for _, width, align, _ in columns)
+                _write_line((heading for heading, *_ in columns), columns)
+                _write_line(rules, columns)
+            _write_line((cell(row) for *_, cell in columns), columns)
             last = row
     finally:
         if last is not None:
-            write(f"\nllamachat {last['version']}, {last['gpu'] or last['cpu']}\n")
+            where = last["endpoint"] if "endpoint" in last else last["gpu"] or last["cpu"]
+            write(f"\nllamachat {last['version']}, {where}\n")
 
 
-def _write_line(cells: Iterable[str]) -> None:
-    columns = zip(cells, _COLUMNS, strict=True)
+def _write_line(cells: Iterable[str], shape: Columns) -> None:
+    columns = zip(cells, shape, strict=True)
     padded = (f"{cell:{align}{width}}" for cell, (_, width, align, _) in columns)
     write(f"| {' | '.join(padded)} |\n")
 

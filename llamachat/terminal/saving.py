@@ -30,7 +30,7 @@ def wanted(run: Run) -> tuple[Run, Found | None]:
     found = find(run.session) if run.session is not None else newest()
     if found is None:
         run.notices("there is no conversation to go on with: a new one begins")
-    elif run.model is None and found.transcript is not None:
+    elif run.model is None and run.endpoint is None and found.transcript is not None:
         from llamachat.library.store import locate
 
         name = (found.transcript.run or {}).get("model")

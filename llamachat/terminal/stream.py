@@ -108,9 +108,10 @@ def overflow_notice(event: Summarizing | Trimmed) -> str:
 def _told(done: Done) -> Iterator[str]:
     """What a user should know about how a reply came and ended."""
     if done.finish_reason == "interrupted":
-        yield "interrupted" if done.token_ids else "interrupted: the conversation is as it was"
+        as_it_was = "" if done.token_ids else ": the conversation is as it was"
+        yield f"interrupted{f': {done.problem}' if done.problem else as_it_was}"
     elif done.finish_reason == "length":
-        yield f"stopped after {len(done.token_ids)} tokens"
+        yield f"stopped after {done.completion_tokens} tokens"
     elif done.finish_reason == "loop":
         yield loop_notice(done)
     elif not done.token_ids:
@@ -123,4 +124,4 @@ def _told(done: Done) -> Iterator[str]:
 
 def loop_notice(event: Done) -> str:
     """The line that says why a reply was ended."""
-    return f"the reply repeats itself: stopped after {len(event.token_ids)} tokens"
+    return f"the reply repeats itself: stopped after {event.completion_tokens} tokens"

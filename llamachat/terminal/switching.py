@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llamachat.chat.commands import Switch
 from llamachat.chat.provenance import facts
+from llamachat.chat.remote import Server
 from llamachat.errors import WillNotFitError
 from llamachat.terminal import opening
 from llamachat.terminal.front import BetweenLines
@@ -24,11 +25,16 @@ def switch(effect: Switch, opened: Opened, run: Run) -> Run:
     Raises:
         LlamachatError: it cannot be loaded; the former one stays.
     """
+    if run.endpoint is not None:
+        from llamachat.terminal.connecting import switch_remote
+
+        return switch_remote(effect, opened, run, run.endpoint)
     wanted, front = _wanted(effect, run), BetweenLines(quiet=run.notices.quiet)
     wanted = replace(wanted, force=opening.fetch(wanted, front))
     try:
         model = opening.load_model(wanted, front)
     except WillNotFitError:
+        assert not isinstance(opened.model, Server)
         opened.model.close()
         try:
             model = opening.load_model(wanted, front)

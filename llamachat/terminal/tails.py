@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ from rich.cells import cell_len
 from llamachat import settings
 from llamachat.chat.events import OpenText, Tails
 from llamachat.terminal.failure import one_line
-from llamachat.terminal.output import shown, write
+from llamachat.terminal.output import shown, size_of, write
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 SAVE, RESTORE = "\0337", "\0338"
@@ -39,7 +38,7 @@ class TextOverTails:
         if not self._watched:
             return
         self.clear()
-        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+        columns, lines = size_of(sys.stdout)
         if self._column >= columns - 1:
             return  # a terminal forgets that its line is full when the cursor moves
         below = tails.tails[: lines - 2]
@@ -64,7 +63,7 @@ class TextOverTails:
 
     def _column_after(self, text: str) -> int:
         """Where the cursor stands after `text`; a full line counts as its width."""
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+        columns = size_of(sys.stdout).columns
         *above, last = text.expandtabs(8).split("\n")
         column = 0 if above else self._column
         for character in last:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prompt_toolkit.utils import get_cwidth
 
+from llamachat.chat.context import UNBOUNDED
 from llamachat.engine.parameters import PARAMETERS, PENALTIES
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ def fitted(parts: Sequence[str], columns: int) -> str:
 def _context(conversation: Conversation) -> list[str]:
     done = conversation.last
     used, size = conversation.used_tokens, conversation.session.model.engine.ctx_size
-    parts = [f"ctx {used:,}/{size:,}".replace(",", " ")]
-    if done is not None and done.timings.decode_s > 0 and len(done.token_ids) > 1:
-        parts.append(f"{(len(done.token_ids) - 1) / done.timings.decode_s:.1f} tok/s")
+    whole = f"/{size:,}" if size < UNBOUNDED else ""
+    parts = [f"ctx {used:,}{whole}".replace(",", " ")]
+    if done is not None and done.timings.decode_s > 0 and done.completion_tokens > 1:
+        parts.append(f"{(done.completion_tokens - 1) / done.timings.decode_s:.1f} tok/s")
     return parts
 
 

@@ -14,6 +14,7 @@ from llamachat.chat.commands.effects import (
     FileName,
     Say,
 )
+from llamachat.chat.context import UNBOUNDED
 from llamachat.chat.events import Event
 from llamachat.chat.files import fenced, matching, read_text, words
 from llamachat.errors import PromptTooLongError, UsageError
@@ -99,7 +100,8 @@ def _sized(texts: list[str], conversation: Conversation) -> str:
     free = ctx_size - len(session.prompt_ids)
     full = "" if tokens < free else ": the oldest turns will not fit beside them"
     told = "they go before your next message (/read off drops them)"
-    return f"{files}, {max(0, free):,} are free{full}; {told}."
+    left = f", {max(0, free):,} are free" if ctx_size < UNBOUNDED else ""
+    return f"{files}{left}{full}; {told}."
 
 
 COMMANDS: dict[str, Command] = {

@@ -15,9 +15,10 @@ from llamachat.chat.spoken import Spoken
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """Show lines to the user."""
+    """Show lines to the user, `verbatim` if none of them may be wrapped at words."""
 
     text: str
+    verbatim: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,17 @@ class ModelName:
     """An argument that names a model: one of the catalog, of the config file, or on disk."""
 
 
-Argument: TypeAlias = Choices | FileName | ModelName
+@dataclass(frozen=True, slots=True)
+class SessionName:
+    """An argument that names a conversation that is kept, or its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNumber:
+    """An argument that numbers a block of code of the last reply."""
+
+
+Argument: TypeAlias = Choices | FileName | ModelName | SessionName | BlockNumber
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from llamachat.chat import keeping, saved
-from llamachat.chat.commands.effects import Choices, Command, Conversation, Effect, FileName, Say
+from llamachat.chat.commands.effects import Choices, Command, Conversation, Effect, Say, SessionName
 from llamachat.chat.export import export
 from llamachat.chat.keeping import Keeper
+from llamachat.chat.usage import counted_turns
 from llamachat.errors import UsageError
 
 
@@ -34,7 +35,7 @@ def _load(conversation: Conversation, argument: str) -> Effect:
     keeper.keep()
     keeper.take(found)
     conversation.last = None
-    return Say(f"{path.stem}: {conversation.session.turns} turn(s)")
+    return Say(f"{path.stem}: {counted_turns(conversation.session.turns)}")
 
 
 def _sessions(_: Conversation, __: str) -> Effect:
@@ -63,7 +64,7 @@ def _export(conversation: Conversation, argument: str) -> Effect:
 
 COMMANDS: dict[str, Command] = {
     "save": Command("/save [FILE]", "keep the conversation, from now on under this name", _save),
-    "load": Command("/load FILE", "go on with a conversation that was kept", _load, FileName()),
+    "load": Command("/load FILE", "go on with a conversation that was kept", _load, SessionName()),
     "sessions": Command("/sessions", "the conversations that are kept", _sessions),
     "export": Command(
         "/export md|json [FILE]",

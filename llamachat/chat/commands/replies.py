@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from llamachat.chat.code_blocks import CodeBlock, code_blocks
-from llamachat.chat.commands.effects import Choices, Command, Conversation, Copy, Effect, Say
+from llamachat.chat.commands.effects import (
+    BlockNumber,
+    Choices,
+    Command,
+    Conversation,
+    Copy,
+    Effect,
+    Say,
+)
 from llamachat.errors import UsageError
 
 
@@ -17,7 +25,9 @@ def _markdown(conversation: Conversation, argument: str) -> Effect:
 
 
 def _copy(conversation: Conversation, argument: str) -> Effect:
-    reply = _last_reply(conversation)
+    reply = last_reply(conversation)
+    if reply is None:
+        raise UsageError("there is no reply to copy")
     blocks = code_blocks(reply)
     if not argument:
         listed = [f"/copy {n}: {_told(block)}" for n, block in enumerate(blocks, 1)]
@@ -29,11 +39,10 @@ def _copy(conversation: Conversation, argument: str) -> Effect:
     return Copy(block.code, f"block {argument} of {len(blocks)}, {_told(block)}")
 
 
-def _last_reply(conversation: Conversation) -> str:
-    replies = [it.content for it in conversation.session.messages if it.role == "assistant"]
-    if not replies:
-        raise UsageError("there is no reply to copy")
-    return replies[-1]
+def last_reply(conversation: Conversation) -> str | None:
+    """The text of the last reply, if there is one."""
+    messages = reversed(conversation.session.messages)
+    return next((it.content for it in messages if it.role == "assistant"), None)
 
 
 def _told(block: CodeBlock) -> str:
@@ -42,7 +51,9 @@ def _told(block: CodeBlock) -> str:
 
 
 COMMANDS: dict[str, Command] = {
-    "copy": Command("/copy [N]", "the last reply, or its Nth code block, to the clipboard", _copy),
+    "copy": Command(
+        "/copy [N]", "the last reply, or its Nth code block, to the clipboard", _copy, BlockNumber()
+    ),
     "markdown": Command(
         "/markdown on|off",
         "render replies, or show them as written",

@@ -17,6 +17,7 @@ from llamachat.chat.commands.effects import (
 from llamachat.chat.files import read_text
 from llamachat.chat.options import STRATEGIES
 from llamachat.chat.specs import DEFAULT, DEFAULTS, parse_spec
+from llamachat.chat.usage import counted_turns
 from llamachat.errors import UsageError
 
 
@@ -54,9 +55,8 @@ def _undo(conversation: Conversation, argument: str) -> Effect:
     gone = session.changes[-int(argument or 1) :]
     if not session.undo(len(gone)):
         return Say("Nothing to take back.")
-    turns = session.turns
-    left = f"{turns or 'no'} turn{'s' * (turns != 1)} left"
-    return Say(f"Took back {', '.join(reversed(gone))}; {left}.")
+    left = counted_turns(session.turns)
+    return Say(f"Took back {', '.join(reversed(gone))}; {left} left.")
 
 
 def _system(conversation: Conversation, argument: str) -> Effect:

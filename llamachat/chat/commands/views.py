@@ -7,9 +7,11 @@ import json
 from collections.abc import Callable
 
 from llamachat.chat.commands.effects import Choices, Command, Conversation, Effect, Say, Walk
+from llamachat.chat.context import UNBOUNDED
 from llamachat.chat.events import Done
 from llamachat.chat.options import shown
 from llamachat.chat.spoken import Spoken, listing
+from llamachat.chat.usage import counted_turns
 from llamachat.engine.decoding import check_one_row
 from llamachat.engine.probabilities import MOST
 from llamachat.errors import UsageError
@@ -20,7 +22,7 @@ def _show(conversation: Conversation, what: str) -> Effect:
         near = difflib.get_close_matches(what, VIEWS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(VIEWS)}"
         raise UsageError(f"/show {what or 'needs a name'}: not understood", hint=hint)
-    return Say(VIEWS[what](conversation))
+    return Say(VIEWS[what](conversation), verbatim=what in VERBATIM)
 
 
 def _params(conversation: Conversation) -> str:
@@ -49,7 +51,8 @@ def _params(conversation: Conversation) -> str:
 def _context(conversation: Conversation) -> str:
     session = conversation.session
     used, size = len(session.prompt_ids), session.model.engine.ctx_size
-    return f"{used} of {size} tokens in {session.turns} turn(s)"
+    whole = f" of {size:,}" if size < UNBOUNDED else ""
+    return f"{used:,}{whole} tokens in {counted_turns(session.turns)}"
 
 
 def _stats(conversation: Conversation) -> str:
@@ -62,9 +65,9 @@ def _stats(conversation: Conversation) -> str:
 def statistics(done: Done) -> str:
     """One line about how fast a reply came."""
     ran, timings = done.prompt_tokens - done.reused_tokens, done.timings
-    parts = [f"{len(done.token_ids)} tokens"]
-    if timings.decode_s > 0 and len(done.token_ids) > 1:
-        parts.append(f"{(len(done.token_ids) - 1) / timings.decode_s:.1f} tok/s")
+    parts = [f"{done.completion_tokens} tokens"]
+    if timings.decode_s > 0 and done.completion_tokens > 1:
+        parts.append(f"{(done.completion_tokens - 1) / timings.decode_s:.1f} tok/s")
     parts.append(f"prompt {done.prompt_tokens} ({done.reused_tokens} reused)")
     if timings.prefill_s > 0 and ran:
         parts.append(f"prefill {ran / timings.prefill_s:.0f} tok/s")
@@ -111,6 +114,8 @@ VIEWS: dict[str, Callable[[Conversation], str]] = {
     "stats": _stats,
     "probs": lambda c: listing(_probable(c), c.session.model.tokenizer),
 }
+
+VERBATIM = ("prompt", "system", "template")
 
 COMMANDS: dict[str, Command] = {
     "probs": Command(
