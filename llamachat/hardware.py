@@ -187,6 +187,17 @@ def gpu_memory_bytes(index: int) -> tuple[int, int]:
     return total.value, free.value
 
 
+def shared_memory_bytes(gpu: int | None, ranks: int = 1) -> tuple[int, int]:
+    """(total, free) bytes for each of `ranks` processes that share a model.
+
+    Of the host's memory it is a part; of GPUs, from `gpu` on, each has one: that with least free.
+    """
+    if gpu is None:
+        total, free = memory_bytes()
+        return total // ranks, free // ranks
+    return min(map(gpu_memory_bytes, range(gpu, gpu + ranks)), key=lambda found: found[1])
+
+
 def _cuda_driver() -> ctypes.CDLL | None:
     """The driver's own library, which torch calls too."""
     try:

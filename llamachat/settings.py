@@ -294,6 +294,33 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What torchrun says of a process: `RANK`, `WORLD_SIZE`, `LOCAL_RANK`."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def launch() -> Launch | None:
+    """The place of this process among several that torchrun started, or None.
+
+    Raises:
+        UsageError: it is none.
+    """
+    values = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if None in values or values[1] == "1":
+        return None
+    try:
+        rank, size, local_rank = (int(value or "") for value in values)
+    except ValueError:
+        raise UsageError("RANK, WORLD_SIZE and LOCAL_RANK are not numbers") from None
+    if not 0 <= local_rank <= rank < size:
+        raise UsageError(f"RANK is {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {size}")
+    return Launch(rank, size, local_rank)
+
+
 def omp_threads() -> int | None:
     """`OMP_NUM_THREADS`, if it is a positive number."""
     value = os.environ.get("OMP_NUM_THREADS", "")

@@ -104,7 +104,7 @@ def test_a_locale_without_utf8_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_pipe_that_stays_open_is_announced_after_two_seconds(tmp_path: Path) -> None:
     with start((*ASK, "hello"), tmp_path) as process:
-        time.sleep(3)
+        time.sleep(4)
         out, err = process.communicate(b"", timeout=10)
     assert (process.returncode, out) == (0, b"hello\n")
     assert len(err.splitlines()) == 1
@@ -136,7 +136,7 @@ def test_a_signal_ends_a_reply_with_what_was_said_and_its_code(
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()
-        said = process.stdout.read(5) if moment == "slowly" else time.sleep(0.8) or b""
+        said = process.stdout.read(5) if moment == "slowly" else time.sleep(2) or b""
         process.send_signal(number)
         said += process.stdout.read()
         assert process.wait(10) == exit_code

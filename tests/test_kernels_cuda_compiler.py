@@ -82,8 +82,8 @@ def bindings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bindings:
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", package)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    stream = SimpleNamespace(cuda_stream=7)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     monkeypatch.setenv("LLAMACHAT_CACHE_DIR", str(tmp_path))
     return found
 

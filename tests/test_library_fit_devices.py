@@ -91,7 +91,29 @@ def test_how_many_gpus_it_would_take_is_told(examine: Examine) -> None:
     found = examine(4, [8, 8], quantize="none")
     assert found.device.n_needed == 3  # 15 GiB of weights and 1 of context in 6 GiB each
     assert "of memory on GPU of 8 GiB (cuda:0) as BF16" in refusal(found).message
-    assert refusal(found).message.endswith("; 3 such GPUs would hold it, one is used")
+    assert refusal(found).message.endswith("; 3 such GPUs would hold it together")
+
+
+def test_gpus_that_hold_it_together_are_the_way_out(examine: Examine) -> None:
+    found = examine(4, [12, 12, 12], quantize="none")
+    assert found.verdict == "no"
+    assert refusal(found).hint == (
+        "2 GPUs hold it together: llamachat chat -m org/name --tensor-parallel 2 --quantize none"
+    )
+
+
+def test_gpus_that_shall_share_it_are_judged_together(examine: Examine) -> None:
+    found = examine(4, [24, 12, 12], quantize="none", device="cuda:1", tensor_parallel=2)
+    assert (found.device.id, found.verdict, found.together) == ("cuda:1", "fits", None)
+    assert found.best.peak_bytes < 12 * GIB
+
+
+def test_more_gpus_than_there_are_are_refused_before_the_hub_is_asked(
+    examine: Examine, fake_hub: Hub
+) -> None:
+    with pytest.raises(UsageError, match="--tensor-parallel 2 needs as many GPUs, there are 2"):
+        examine(4, [24, 24], device="cuda:1", tensor_parallel=2)
+    assert fake_hub.asked == []
 
 
 def test_a_command_names_only_flags_that_it_has(examine: Examine) -> None:

@@ -33,6 +33,7 @@ CHECKS = {
 }
 FENCES = {
     "bitsandbytes": "kernels/bnb.py",
+    "fastapi": "serving/",
     "huggingface_hub": "library/hub.py",
     "jinja2": "chat/sandbox_worker.py",
     "prompt_toolkit": "terminal/",
@@ -41,6 +42,7 @@ FENCES = {
     "sentencepiece": "tokenizer/spm.py",
     "tiktoken": "tokenizer/ranks.py",
     "typer": "cli/",
+    "uvicorn": "serving/",
 }
 MODULES = {
     path.relative_to(ROOT / "llamachat").as_posix(): path

@@ -104,6 +104,17 @@ class ModelConfig:
         if kind == "yarn" and self.rope_theta <= 1:
             raise DamagedFileError(f"rope_theta is {self.rope_theta}, yarn expects more than 1")
 
+    def undivided(self, parts: int) -> str | None:
+        """What of it cannot be cut into so many equal parts, or None."""
+        if self.prefix is not None:
+            return "ChatGLM-6B"
+        for name, n in (("heads", self.n_heads), ("hidden dimensions", self.hidden_dim)):
+            if n % parts:
+                return f"{n} {name}"
+        if self.n_kv_heads % parts and parts % self.n_kv_heads:
+            return f"{self.n_kv_heads} key/value heads"
+        return None
+
     def _check_head_dim(self) -> None:
         step, said = 2, "an even number"
         if self.prefix is not None:  # each half of a head turns on its own

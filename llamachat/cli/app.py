@@ -25,6 +25,7 @@ from llamachat.cli import (
     merge,
     models,
     quantize,
+    serve,
     sessions,
     tokenize,
     unconverted,
@@ -174,6 +175,7 @@ def top(
 COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("chat", chat.chat),
     ("compare", compare.compare),
+    ("serve", serve.serve),
     ("pull", models.pull),
     ("fit", fit.fit),
     ("list", models.list_models),

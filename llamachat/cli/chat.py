@@ -54,6 +54,7 @@ from llamachat.cli.flags import (
     SystemFile,
     Temperature,
     Template,
+    TensorParallel,
     Threads,
     TokenFile,
     TopK,
@@ -87,6 +88,7 @@ def chat(
     quantize: Quantize = "auto",
     lora: Lora = None,
     kv_cache: KvCache = "auto",
+    tensor_parallel: TensorParallel = None,
     template: Template = None,
     overflow: Overflow = "trim",
     strategy: Strategy = None,
@@ -159,6 +161,7 @@ def chat(
     from llamachat.terminal.failure import Notices
     from llamachat.terminal.output import collected
 
+    flags["tensor_parallel"] = ranks = _ranks(tensor_parallel, backend, device)
     notices = Notices(quiet=quiet)
     asked = question.read(argument, prompt, file or [], notices, talks=interactive)
     if asked is None or interactive:
@@ -170,6 +173,10 @@ def chat(
         from llamachat.terminal.keyboard import take_keyboard
 
         take_keyboard()
+        if ranks > 1:
+            from llamachat.terminal.interrupts import ending
+
+            ending()  # the terminal as it is, before the conversation changes it
         converse(partial(run_of, flags), notices, first=asked, verbose=verbose)
     else:
         from llamachat.terminal import reply
@@ -177,3 +184,23 @@ def chat(
         run = run_of(flags, notices)
         with collected(output):
             reply.answer(asked, run, json=json, stream=stream, extract=extract)
+
+
+def _ranks(asked: int | None, backend: str, device: str) -> int:
+    """How many processes share the model; one that torchrun started to follow does not come back.
+
+    Raises:
+        UsageError: torchrun started another number of them.
+    """
+    from llamachat import settings
+
+    launch = settings.launch()
+    if launch is None:
+        return asked or 1
+    from llamachat.loading.follower import follow_launch
+    from llamachat.loading.ranks import check_launch
+
+    check_launch(asked or launch.size)
+    if launch.rank:
+        follow_launch(launch, backend, device)
+    return launch.size

@@ -21,6 +21,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'llamachat compare "Name three rivers" --with greedy --with top-p:0.9,seed=7',
         'llamachat compare "Name three rivers" --with quantize=int8 --with quantize=int4 --json',
     ),
+    "serve": (
+        "llamachat serve -m smollm2-135m --parallel 8",
+        "llamachat serve --host 0.0.0.0 --port 8080 --api-key-file key.txt",
+    ),
     "pull": ("llamachat pull smollm2-360m", "llamachat pull org/name:Q4_K_M --revision v1.0"),
     "fit": ("llamachat fit llama3.1-70b --quantize int4 -c 8192",),
     "list": ("llamachat list --all --max-size 8b --not-gated",),
@@ -79,6 +83,7 @@ ENDINGS: dict[str, tuple[int, ...]] = {
     "": _ALL,
     "chat": tuple(code for code in CODES if code != 8),
     "compare": tuple(code for code in CODES if code != 8),
+    "serve": _OF_HUB,
     "pull": _OF_HUB,
     "fit": _OF_HUB,
     "list": (0, 1, 2, 7, 130),

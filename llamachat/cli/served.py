@@ -82,6 +82,8 @@ def endpoint_of(flags: Mapping[str, Any], notices: Notices) -> Endpoint | None:
     from llamachat.chat.endpoint import parse_endpoint
     from llamachat.terminal import question
 
+    if "endpoint" not in flags:  # the command has no such flag
+        return None
     origin = origin_of(flags["context"], "endpoint") or "config.toml"
     url = flags["endpoint"]  # --endpoint "" is none, whatever others say
     if origin.startswith("config.toml"):

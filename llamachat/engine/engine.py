@@ -17,6 +17,7 @@ from torch import Tensor
 from llamachat.engine.decoding import Commit, Decoding, Start, check_ids, check_one_row
 from llamachat.engine.draft import Drafts
 from llamachat.engine.events import EngineEvent, Prefill
+from llamachat.engine.passes import batch_of
 from llamachat.engine.probabilities import check_count
 from llamachat.engine.rows import SlotTable
 from llamachat.engine.running import Running, indexed, running
@@ -35,6 +36,8 @@ class Engine:
         ctx_size: tokens that a prompt and its reply may have together.
         stop_ids: what ends a reply unless `generate` is told otherwise.
         kv_cache: the form of keys and values.
+        n_ids: ids that may be chosen.
+        chunk: prompt tokens a pass.
     """
 
     def __init__(
@@ -61,8 +64,8 @@ class Engine:
         self.ctx_size = ctx_size
         self.stop_ids = stop_ids
         self.kv_cache = kv_cache
-        self._n_ids = n_ids or decoder.config.vocab_size
-        self._chunk = chunk
+        self.n_ids = n_ids or decoder.config.vocab_size
+        self.chunk = chunk
         self._device = decoder.kernels.device
         # With a prefix, where a token stands may depend on which it is.
         self._queues = decoder.kernels.queues and decoder.config.prefix is None
@@ -264,10 +267,10 @@ class Engine:
 
     def _passes(self, ids: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
         """From where to where each pass goes."""
-        end = max(start + self._chunk, self.decoder.unbroken(ids))
+        end = max(start + self.chunk, self.decoder.unbroken(ids))
         while start < len(ids):
             yield start, min(end, len(ids))
-            start, end = end, end + self._chunk
+            start, end = end, end + self.chunk
 
     def _ahead(self, chosen: Tensor | None, reply: Running, drafts: Drafts) -> Tensor | None:
         """The pass after a choice, queued before the host knows it: of a GPU it hides the host.
@@ -340,7 +343,7 @@ class Engine:
     def _pass(self, rows: Sequence[int], ids: Sequence[int] | Tensor, *, wanted: int) -> Tensor:
         """The same, but the slots are not taken yet; `ids` may be on the device still."""
         batch = self._batch(self._slots, rows, ids, wanted)
-        return self.decoder(batch, self._cache)[:, : self._n_ids]
+        return self.decoder(batch, self._cache)[:, : self.n_ids]
 
     def _batch(
         self, slots: SlotTable, rows: Sequence[int], ids: Sequence[int] | Tensor, wanted: int
@@ -354,17 +357,8 @@ class Engine:
             return [*slots.ids(rows[0]), *new]
 
         places = self.decoder.places(of_first, at)
-        lists = [known, rows, new, places.seen, *places.positions]
-        id_, row, slot, seen, *position = torch.tensor(lists, dtype=torch.int32).unbind()
-        return Batch(
-            ids=ids if isinstance(ids, Tensor) else id_,
-            row=row,
-            slot=slot,
-            seen=seen,
-            position=position[0] if len(position) == 1 else torch.stack(position, dim=-1),
-            table=slots.table,
-            wanted=torch.arange(len(rows) - wanted, len(rows), dtype=torch.int32),
-        )
+        last = torch.arange(len(rows) - wanted, len(rows), dtype=torch.int32)
+        return batch_of(ids, rows, new, places, slots.table, last)
 
     def _keep_row_of(self, ids: Sequence[int]) -> None:
         """Of several rows, keep the one that begins most like `ids`."""

@@ -142,6 +142,13 @@ class Kernels(Protocol):
         """
         ...
 
+    def then(self, action: Callable[[], object]) -> None:
+        """Do `action` once all that was called before is computed: of a recorded pass each time.
+
+        It works in place on what calls have returned, and on tensors of its own.
+        """
+        ...
+
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
         """Cos and sin of position (T,) times frequencies (E / 2,)."""
         ...

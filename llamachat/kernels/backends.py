@@ -106,6 +106,16 @@ def lacking(index: int) -> str | None:
     return None if find_spec("cuda") else "the package cuda-bindings is not installed"
 
 
+def check_gpus(backend: Backend, ranks: int) -> None:
+    """Raises UsageError: there are fewer GPUs than processes, from the backend's own on."""
+    n = len(hardware.gpus())
+    if backend.gpu is not None and backend.gpu + ranks > n:
+        raise UsageError(
+            f"--tensor-parallel {ranks} needs as many GPUs, there are {n}",
+            hint="--device cpu runs on CPU cores alone",
+        )
+
+
 def _torch_has_cuda() -> bool:
     """Whether torch brings CUDA; it is not imported."""
     spec = find_spec("torch")

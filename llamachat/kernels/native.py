@@ -19,7 +19,7 @@ from torch import Tensor
 from llamachat.kernels import Angles, Batch, CacheShape, Norm, abi, panels
 from llamachat.kernels.abi import instruction_sets
 from llamachat.kernels.memory import Arena, huge
-from llamachat.kernels.program import Call, Program
+from llamachat.kernels.program import Program, Step
 from llamachat.quant.form import BITSANDBYTES, CODEBOOK, SHIFT, Form
 from llamachat.quant.quantize import of_codes
 from llamachat.quant.tensor import QTensor
@@ -200,6 +200,10 @@ class Native:
             program.point_at(batch)
             return program.answer(self._lib, self._pool)
 
+    def then(self, action: Callable[[], object]) -> None:
+        """Between two calls of the library."""
+        self._do(action)
+
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
         """(T,) times (E / 2,) -> (T, E / 2) each."""
         half = len(frequencies)
@@ -323,7 +327,7 @@ class Native:
         assert self._writing is not None
         return pointer(self._writing.pass_)
 
-    def _do(self, call: Call) -> None:
+    def _do(self, call: Step) -> None:
         """Write the call down, or where nothing is written down, run it."""
         if self._writing is not None:
             self._writing.calls.append(call)

@@ -8,6 +8,7 @@ with other ids: what a token costs in Python does not grow with the number of la
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,8 @@ from llamachat.kernels import Batch, abi
 
 Call = abi.Angles | abi.Embed | abi.Gather | abi.Attention | abi.Linear
 
+Step = Call | Callable[[], object]  # what is no operation of the library is called between them
+
 
 @dataclass(slots=True)
 class Program:
@@ -24,16 +27,16 @@ class Program:
 
     Attributes:
         pass_: what the operations read of a batch.
-        calls: in order.
+        calls: in order; the library runs those that follow one another in one call.
         result: what the last one writes.
         kept: tensors that must live as long as the operations that read them.
     """
 
     pass_: abi.Pass = field(default_factory=abi.Pass)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Step] = field(default_factory=list)
     result: Tensor | None = None
     kept: list[Tensor] = field(default_factory=list)
-    _ops: ctypes.Array[abi.Op] | None = None
+    _parts: list[ctypes.Array[abi.Op] | Callable[[], object]] | None = None
     _fresh: abi.Linear | None = None  # the last operation, where it can write to fresh memory
     _buffers: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
@@ -74,11 +77,29 @@ class Program:
         Raises:
             MemoryError: the library could not get memory.
         """
-        if self._ops is None:
-            ops = [abi.Op(call.kind, ctypes.addressof(call)) for call in self.calls]
-            self._ops = (abi.Op * len(ops))(*ops)
-        progress = abi.Progress()
-        while (status := lib.lc_run(pool, self._ops, len(self._ops), progress)) > 0:
-            pass
-        if status < 0:
-            raise MemoryError("no memory for activations")
+        if self._parts is None:
+            self._parts = list(_parts(self.calls))
+        for part in self._parts:
+            if not isinstance(part, ctypes.Array):
+                part()
+                continue
+            progress, status = abi.Progress(), 1
+            while status > 0:
+                status = lib.lc_run(pool, part, len(part), progress)
+            if status < 0:
+                raise MemoryError("no memory for activations")
+
+
+def _parts(calls: Sequence[Step]) -> Iterator[ctypes.Array[abi.Op] | Callable[[], object]]:
+    """Operations that follow one another, and what is called between them."""
+    ops: list[abi.Op] = []
+    for call in calls:
+        if isinstance(call, Call):
+            ops.append(abi.Op(call.kind, ctypes.addressof(call)))
+            continue
+        if ops:
+            yield (abi.Op * len(ops))(*ops)
+        ops = []
+        yield call
+    if ops:
+        yield (abi.Op * len(ops))(*ops)

@@ -185,6 +185,10 @@ class Reference:
             self._read(batch)
             return forward(batch.to(self.device))
 
+    def then(self, action: Callable[[], object]) -> None:
+        """At once."""
+        action()
+
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
         """(T,) times (E / 2,) -> (T, E / 2) float32 each."""
         angle = position.float().unsqueeze(-1) * frequencies

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from llamachat import hardware, settings
 from llamachat.checkpoints import open_checkpoint
 from llamachat.errors import UsageError
-from llamachat.kernels.backends import Backend, choose, lacking
+from llamachat.kernels.backends import Backend, check_gpus, choose, lacking
 from llamachat.library import Notice, catalog, store
 from llamachat.library.forecast import (
     CACHE_BYTES,
@@ -53,6 +53,7 @@ class Wanted:
     backend: str = "auto"
     dtype: str = "auto"
     kv_cache: str = "auto"
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -118,6 +119,14 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """Several GPUs that hold what one does not, and what it comes to on each of them."""
+
+    n_gpus: int
+    choice: Choice
+
+
+@dataclass(frozen=True, slots=True)
 class Disk:
     """Bytes to fetch, and what is free where they go."""
 
@@ -141,6 +150,7 @@ class Fit:
         disk: for what is not on disk yet.
         devices: the CPU first.
         device: of them the one that was asked for, else the one that `load` would take.
+        together: the fewest GPUs that hold it, where that takes more than were asked for; or None.
     """
 
     name: str
@@ -148,6 +158,7 @@ class Fit:
     disk: Disk
     devices: tuple[Device, ...]
     device: Device
+    together: Together | None = None
 
     @property
     def best(self) -> Choice:
@@ -192,7 +203,7 @@ def examine(
         source, to_fetch = remote_source(
             name, revision=revision, token=token, offline=offline, notice=notice
         )
-    gpus = range(len(hardware.gpus()))
+    gpus = range(len(hardware.gpus()) - wanted.tensor_parallel + 1)  # each the first of several
     usable = [choose("cuda", f"cuda:{index}") for index in gpus if not lacking(index)]
     return _examined(name, source, to_fetch, wanted, [*backends, *usable])
 
@@ -207,6 +218,7 @@ def examine_repository(repository: Repository, wanted: Wanted) -> Fit:
 def _backends(wanted: Wanted) -> list[Backend]:
     """What `load` would take, and what it would take on the CPU."""
     chosen = choose(wanted.backend, wanted.device)
+    check_gpus(chosen, wanted.tensor_parallel)
     return [chosen] if chosen.gpu is None else [chosen, choose()]
 
 
@@ -225,6 +237,7 @@ def _examined(
         disk=_disk(to_fetch),
         devices=tuple(devices.values()),
         device=devices[backends[0].device],
+        together=_together(source, wanted, backends[0]),
     )
 
 
@@ -237,9 +250,10 @@ def judge(
     default_context: int,
     bandwidth: float | None = None,
     resident_bytes: int | None = None,
+    ranks: int = 1,
 ) -> Choice:
-    """One form on one device; `resident_bytes` are those of the program there."""
-    found = forecast(source, way)
+    """One form on one device, of so many that share it; `resident_bytes`: of the program there."""
+    found = forecast(source, way, ranks)
     resident = found.program_bytes if resident_bytes is None else resident_bytes
     wanted = ctx_size or default_context
     room = found.fitting_context(free_bytes - resident)
@@ -262,9 +276,12 @@ def judge(
 
 
 def on_device(source: Source, wanted: Wanted, backend: Backend) -> Device:
-    """What each form comes to on the device of a backend, the file's own first."""
-    gpu, config = backend.gpu, source.config
-    total, free = hardware.memory_bytes() if gpu is None else hardware.gpu_memory_bytes(gpu)
+    """What each form comes to on the device of a backend, the file's own first.
+
+    Where several share the model: on each of them.
+    """
+    gpu, config, ranks = backend.gpu, source.config, wanted.tensor_parallel
+    total, free = hardware.shared_memory_bytes(gpu, ranks)
     processor = hardware.cpu_name() if gpu is None else hardware.gpus()[gpu].name
     choices = tuple(
         judge(
@@ -277,6 +294,7 @@ def on_device(source: Source, wanted: Wanted, backend: Backend) -> Device:
             else min(config.max_seq_len, GPU_CONTEXT),
             bandwidth=hardware.kept_bandwidth(processor),
             resident_bytes=None if gpu is None else hardware.CUDA_CONTEXT_BYTES,
+            ranks=ranks,
         )
         for form in _forms(source, wanted.quantize)
     )
@@ -288,6 +306,19 @@ def on_device(source: Source, wanted: Wanted, backend: Backend) -> Device:
         choices=choices,
         best=best_of(source, choices, wanted, backend),
     )
+
+
+def _together(source: Source, wanted: Wanted, backend: Backend) -> Together | None:
+    """The fewest GPUs that hold it, from that of the backend on."""
+    if backend.gpu is None or backend.name != "cuda":
+        return None
+    least, most = wanted.tensor_parallel, len(hardware.gpus()) - backend.gpu
+    for n in range(least, most + 1):
+        if not source.config.undivided(n):
+            best = on_device(source, replace(wanted, tensor_parallel=n), backend).best
+            if best.verdict != "no":
+                return Together(n, best) if n > least else None
+    return None
 
 
 def way_of(source: Source, backend: str, form: str, wanted: Wanted | None = None) -> Way:
@@ -328,51 +359,3 @@ def _disk(download_bytes: int) -> Disk:
     folder = settings.hub_cache_dir()
     there = next((it for it in (folder, *folder.parents) if it.exists()), Path())
     return Disk(folder, download_bytes, shutil.disk_usage(there).free)
-
-
-def as_json(fit: Fit) -> Mapping[str, object]:
-    """All of it, ready for JSON."""
-    return {
-        "name": fit.name,
-        "verdict": fit.verdict,
-        "params": fit.source.config.n_params,
-        "form": fit.source.form,
-        "size_bytes": fit.source.size_bytes,
-        "disk": {
-            "folder": str(fit.disk.folder),
-            "download_bytes": fit.disk.download_bytes,
-            "free_bytes": fit.disk.free_bytes,
-        },
-        "device": fit.device.id,
-        "best": _choice_json(fit.best),
-        "devices": [
-            {
-                "id": device.id,
-                "name": device.name,
-                "verdict": device.best.verdict,
-                "best": device.best.quantize,
-                "n_needed": device.n_needed,
-                "total_bytes": device.total_bytes,
-                "free_bytes": device.free_bytes,
-                "choices": [_choice_json(choice) for choice in device.choices],
-            }
-            for device in fit.devices
-        ],
-    }
-
-
-def _choice_json(choice: Choice) -> Mapping[str, object]:
-    found = choice.forecast
-    return {
-        "quantize": choice.quantize,
-        "verdict": choice.verdict,
-        "weight_bytes": found.weight_bytes,
-        "kv_bytes_per_token": found.token_bytes,
-        "ctx_size": choice.ctx_size,
-        "kv_bytes": found.context_bytes(choice.ctx_size),
-        "activation_bytes": found.activation_bytes,
-        "loading_bytes": found.program_bytes + found.loading_bytes,
-        "peak_bytes": choice.peak_bytes,
-        "longest_context": choice.longest_context,
-        "tok_per_s_at_most": choice.tok_per_s and round(choice.tok_per_s, 1),
-    }

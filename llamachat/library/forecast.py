@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llamachat import hardware
 from llamachat.architecture import ModelConfig
@@ -134,8 +134,11 @@ class Forecast:
         return max(0, (int(available * MEMORY_SHARE) - self.weight_bytes) // self.token_bytes)
 
 
-def forecast(source: Source, way: Way) -> Forecast:
-    """What it takes to load and run a model in one way."""
+def forecast(source: Source, way: Way, ranks: int = 1) -> Forecast:
+    """What it takes to load and run a model in one way, of each of so many processes.
+
+    They share all but the table of embeddings and what is on its way while weights stream by.
+    """
     config = source.config
     weights, loading = 0, 0
     for at_work, held in _loaded(source, way):
@@ -147,13 +150,25 @@ def forecast(source: Source, way: Way) -> Forecast:
     looked_up = 0 if config.tied else _n_bytes(embedding, packed_bits(source, way, embedding))
     ids_bytes = ID_BYTES * config.vocab_size
     quantizer_bytes = BITSANDBYTES_BYTES if way.quantize in BITSANDBYTES else 0
-    return Forecast(
+    alone = Forecast(
         program_bytes=PROGRAM_BYTES + ids_bytes + quantizer_bytes,
         weight_bytes=weights,
         token_bytes=token_bytes(config, way.kv_cache),
         activation_bytes=_activation_bytes(config),
         loading_bytes=loading + table * twice,
         step_bytes=weights - table * twice - looked_up,
+    )
+    if ranks == 1:
+        return alone
+    whole = looked_up or _n_bytes(embedding, packed_bits(source, way, embedding))
+    shared = alone.step_bytes // ranks
+    held_bytes = shared + whole
+    return replace(
+        alone,
+        weight_bytes=held_bytes,
+        token_bytes=-(-alone.token_bytes // min(ranks, config.n_kv_heads)),
+        loading_bytes=held_bytes + alone.loading_bytes - alone.weight_bytes,
+        step_bytes=shared,
     )
 
 

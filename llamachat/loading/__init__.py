@@ -5,33 +5,32 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llamachat import hardware, settings
 from llamachat.architecture import ModelConfig
 from llamachat.checkpoints import Checkpoint, open_checkpoint
 from llamachat.engine.parameters import PARAMETERS, PENALTIES
-from llamachat.errors import DamagedFileError
-from llamachat.kernels.backends import Backend, choose, make
+from llamachat.kernels.backends import Backend, choose
 from llamachat.library import loads
 from llamachat.library.catalog import find
 from llamachat.library.fit import Wanted
 from llamachat.library.store import Located, resolve
 from llamachat.loading.adapters import adapted
 from llamachat.loading.device import Meter, compile_kernels, start_gpu
-from llamachat.loading.plan import Plan, make_plan, out_of_memory
-from llamachat.quant.recipe import Quantizer
+from llamachat.loading.plan import Plan, make_plan
+from llamachat.loading.ranks import check, end, leading
+from llamachat.loading.weights import load_together, load_weights, naming
 from llamachat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from llamachat.engine.decoding import Decoding
     from llamachat.engine.engine import Engine
-    from llamachat.kernels import Kernels
-    from llamachat.quant.tensor import QTensor
+    from llamachat.model import LanguageModel
 
 COST_OF_TORCH = "torch computes instead, at about a tenth of the speed"
 
@@ -134,12 +133,14 @@ def load(
     kv_cache: str = "auto",
     ctx_size: int | None = None,
     threads: int | None = None,
+    tensor_parallel: int = 1,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
     force: bool = False,
     notice: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
+    lost: Callable[[str], NoReturn] = end,
 ) -> Model:
     """Find a model, fetch it if need be, and load it.
 
@@ -156,13 +157,15 @@ def load(
             file's own, or what is faster on this CPU where weights are unpacked.
         kv_cache: "auto", "f32", "bf16" or "int8"; auto is bf16, or f32 beside float32 weights.
         ctx_size: tokens of context; default the model's own, capped by memory.
-        threads: CPU threads; default every physical core that this process may use.
+        threads: CPU threads of a process; default every physical core that this one may use.
+        tensor_parallel: processes that share the weights (GPUs from `device` on), or torchrun's.
         revision: of a Hub repository.
         token: for the Hub; default the one that its own tools use.
         offline: never use the network.
         force: load what is forecast not to fit in memory, too.
         notice: told, in one line each, what the user should know.
         progress: told bytes done and bytes in all while downloading.
+        lost: called from a thread with one line once such a process has ended; ends this one, too.
 
     Raises:
         LlamachatError: see `llamachat.errors`; each has an exit code and a hint.
@@ -174,13 +177,15 @@ def load(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
     )
     checkpoint = _opened(name, located, lora, notice)
+    check(tensor_parallel, chosen, checkpoint.config)
     if chosen.gpu is not None:
         start_gpu(chosen.gpu)
     plan = make_plan(
         checkpoint, chosen, quantize=quantize, dtype=dtype, kv_cache=kv_cache, ctx_size=ctx_size,
-        notice=notice, force=force,
+        ranks=tensor_parallel, notice=notice, force=force,
     )  # fmt: skip
-    threads = threads or settings.omp_threads() or hardware.usable_cores()
+    threads = threads or settings.omp_threads() or hardware.usable_cores() // plan.ranks or 1
+    read = partial(_decoder, plan, threads, lora if plan.checkpoint is checkpoint else (), lost)
     tokenizer = checkpoint.tokenizer()
     return Model(
         name=name,
@@ -188,7 +193,7 @@ def load(
         path=plan.checkpoint.path,
         config=checkpoint.config,
         tokenizer=tokenizer,
-        engine=_measured_engine(plan, tokenizer, threads, located, notice),
+        engine=_engine(plan, tokenizer, located, read, notice),
         chat_template=checkpoint.chat_template,
         sampling=_sampling(checkpoint, located),
         dtype=plan.dtype,
@@ -215,45 +220,30 @@ def _backend(asked: str, device: str, notice: Callable[[str], None]) -> Backend:
     return chosen
 
 
-def _measured_engine(
+def _decoder(
+    plan: Plan, threads: int, lora: Sequence[str | Path], lost: Callable[[str], NoReturn]
+) -> LanguageModel:
+    if plan.ranks == 1:
+        return load_weights(plan, threads)
+    return load_together(plan, threads, lora, leading(plan.ranks, plan.backend.gpu, lost))
+
+
+def _engine(
     plan: Plan,
     tokenizer: Tokenizer,
-    threads: int,
     located: Located,
+    load: Callable[[], LanguageModel],
     notice: Callable[[str], None],
 ) -> Engine:
     """The engine; what loading it took is kept beside what was forecast."""
-    import llamachat.engine.engine
     import llamachat.kernels.native  # noqa: F401  # what they import is not the model's
-
-    meter = Meter(plan.backend)
-    try:
-        engine = _engine(plan, tokenizer, threads)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
-            raise
-        raise out_of_memory(plan, meter.available_bytes) from error
-    compile_kernels(engine, notice)
-    loads.keep(located.path, plan.quantize, plan.forecast.loading_bytes, meter.peak_bytes)
-    return engine
-
-
-def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
-    import torch
-
     from llamachat.engine.engine import CHUNK, GPU_CHUNK, Engine
-    from llamachat.model.chatglm import load_chatglm
-    from llamachat.model.decoder import load_decoder
 
-    hardware.return_large_blocks()
-    kernels = make(plan.backend, threads, getattr(torch, plan.dtype))
-    checkpoint = plan.checkpoint
-    try:
-        config = checkpoint.config.at_context(plan.ctx_size)
-        load_model = load_decoder if config.prefix is None else load_chatglm
-        decoder = load_model(config, _tensors(plan, kernels), kernels)
+    meter = Meter(plan)
+    with naming(plan, meter.available_bytes):
+        decoder = load()
         hardware.release_memory()  # what tensors took while they were read and packed
-        return Engine(
+        engine = Engine(
             decoder,
             ctx_size=plan.ctx_size,
             stop_ids=tokenizer.stop_ids,
@@ -261,24 +251,9 @@ def _engine(plan: Plan, tokenizer: Tokenizer, threads: int) -> Engine:
             kv_cache=plan.kv_cache,
             chunk=CHUNK if plan.backend.gpu is None else GPU_CHUNK,
         )
-    except DamagedFileError as error:
-        if str(checkpoint.path) in error.message:
-            raise
-        raise DamagedFileError(f"{checkpoint.path}: {error.message}", hint=error.hint) from error
-
-
-def _tensors(plan: Plan, kernels: Kernels) -> Iterator[tuple[str, Tensor | QTensor]]:
-    """Weights as the backend shall pack them: matrices that are not quantized in `plan.dtype`."""
-    import torch
-
-    dtype = getattr(torch, plan.dtype)
-    quantizer = Quantizer(plan.recipe, kernels.quantize) if plan.recipe else None
-    for name, stored in plan.checkpoint.tensors(kernels.place):
-        tensor = quantizer(name, stored) if quantizer else stored
-        if not isinstance(tensor, torch.Tensor):
-            yield name, tensor if plan.quantize != "none" else tensor.dequantize().to(dtype)
-        else:
-            yield name, tensor.to(dtype) if tensor.ndim == 2 else tensor
+    compile_kernels(engine, notice)
+    loads.keep(located.path, plan.quantize, plan.forecast.loading_bytes, meter.peak_bytes)
+    return engine
 
 
 def _sampling(

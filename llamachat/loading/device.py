@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING
 
 from llamachat import hardware
-from llamachat.kernels.backends import Backend
-from llamachat.loading.plan import available_bytes
+from llamachat.loading.plan import Plan, available_bytes
 
 if TYPE_CHECKING:
     from llamachat.engine.engine import Engine
@@ -31,9 +31,9 @@ class Meter:
         available_bytes: what there was to be had.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self.available_bytes = available_bytes(backend)
-        self._gpu = backend.gpu
+    def __init__(self, plan: Plan) -> None:
+        self.available_bytes = available_bytes(plan)
+        self._gpu = plan.backend.gpu
         reset_peak(self._gpu)
         self._before = _taken_bytes(self._gpu)
 
@@ -83,10 +83,15 @@ def compile_kernels(engine: Engine, notice: Callable[[str], None]) -> None:
 
     torch.cuda.empty_cache()
     from llamachat.kernels.cuda import FEW, TILES, Cuda
+    from llamachat.kernels.sharded import Sharded
 
-    if not isinstance(kernels, Cuda) or engine.decoder.config.prefix is not None:
+    backend = kernels.backend if isinstance(kernels, Sharded) else kernels
+    if not isinstance(backend, Cuda) or engine.decoder.config.prefix is not None:
         return
-    with kernels.rehearsal(_Progress(torch.cuda.get_device_name(kernels.device), notice)):
+    # The other processes find what was compiled where it is kept.
+    alone = kernels.alone() if isinstance(kernels, Sharded) else nullcontext()
+    progress = _Progress(torch.cuda.get_device_name(kernels.device), notice)
+    with alone, backend.rehearsal(progress):
         for n_tokens in (*max(TILES.values(), key=len), FEW + 1):
             engine.logits([0] * n_tokens)
 

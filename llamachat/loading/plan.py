@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from llamachat import hardware
@@ -47,6 +47,7 @@ class Plan:
         kv_cache: the form of keys and values.
         ctx_size: tokens of context.
         source: what a forecast needs of the checkpoint.
+        ranks: processes that run it together.
     """
 
     checkpoint: Checkpoint
@@ -57,13 +58,14 @@ class Plan:
     kv_cache: str
     ctx_size: int
     source: Source
+    ranks: int = 1
 
     @property
     def forecast(self) -> Forecast:
-        """The memory that this takes."""
+        """The memory that this takes, of each process."""
         kv_cache = "bf16" if self.kv_cache == "auto" else self.kv_cache
         way = Way(self.backend.name, self.quantize, self.dtype, self.recipe, kv_cache)
-        return forecast(self.source, way)
+        return forecast(self.source, way, self.ranks)
 
 
 def make_plan(
@@ -74,6 +76,7 @@ def make_plan(
     dtype: str,
     kv_cache: str,
     ctx_size: int | None,
+    ranks: int = 1,
     notice: Notice,
     force: bool = False,
 ) -> Plan:
@@ -91,7 +94,8 @@ def make_plan(
     if dtype == "auto":
         dtype = own_dtype(checkpoint.form, backend.name if backend.gpu is None else "cuda")
     source = source_of(checkpoint)
-    plan = Plan(checkpoint, backend, "none", None, dtype, kv_cache, ctx_size or 0, source)
+    plan = Plan(checkpoint, backend, "none", None, dtype, kv_cache, ctx_size or 0, source,
+                ranks)  # fmt: skip
     plan = _in_form(plan, quantize, notice)
     if backend.name == "bitsandbytes" and form != "int8" and plan.quantize not in BITSANDBYTES:
         raise UsageError(
@@ -167,13 +171,12 @@ def _kept(plan: Plan, notice: Notice) -> Plan:
 
 def _fitting(plan: Plan) -> int:
     """Tokens of context that memory leaves room for."""
-    return plan.forecast.fitting_context(available_bytes(plan.backend))
+    return plan.forecast.fitting_context(available_bytes(plan))
 
 
-def available_bytes(backend: Backend) -> int:
-    """Of the memory that weights and cache are in."""
-    gpu = backend.gpu
-    return (hardware.memory_bytes() if gpu is None else hardware.gpu_memory_bytes(gpu))[1]
+def available_bytes(plan: Plan) -> int:
+    """For a process, of the memory that weights and cache are in."""
+    return hardware.shared_memory_bytes(plan.backend.gpu, plan.ranks)[1]
 
 
 def _context(plan: Plan, asked: int | None, notice: Notice, *, force: bool) -> int:
@@ -189,7 +192,7 @@ def _context(plan: Plan, asked: int | None, notice: Notice, *, force: bool) -> i
         fits = max(fits, asked or min(wanted, LEAST_CONTEXT))
     if fits < min(wanted, LEAST_CONTEXT) or (asked and fits < asked):
         raise WillNotFitError(
-            _needs(plan, wanted, available_bytes(plan.backend)), hint=_fitting_hint(plan, fits)
+            _needs(plan, wanted, available_bytes(plan)), hint=_fitting_hint(plan, fits)
         )
     if fits < wanted:
         notice(f"context: {fits} of {wanted} tokens, for memory; --ctx-size changes it")
@@ -220,14 +223,27 @@ def _needs(plan: Plan, ctx_size: int, available: int) -> str:
             f"{available * MEMORY_SHARE / GIB:.1f} GiB is to be had of the {available / GIB:.1f} "
             f"GiB that are free on {plan.backend.device}"
         )
-    return f"needs {needed:.1f} GiB with {ctx_size} tokens of context, {has}"
+    each = f" in each of {plan.ranks} processes" if plan.ranks > 1 else ""
+    return f"needs {needed:.1f} GiB{each} with {ctx_size} tokens of context, {has}"
 
 
 def _fitting_hint(plan: Plan, ctx_size: int) -> str:
     """What would fit: that much context, or another form."""
     if ctx_size >= LEAST_CONTEXT:
         return f"--ctx-size {ctx_size} would fit"
+    if ranks := next(_enough_ranks(plan), None):
+        return f"chat --tensor-parallel {ranks} would fit"
     if plan.backend.is_packed and plan.quantize in ("none", "int8"):
         fits = _fitting(_quantized(plan, "int4")) >= LEAST_CONTEXT
         return "--quantize int4 would fit" if fits else "take a smaller model"
     return "take a smaller model"
+
+
+def _enough_ranks(plan: Plan) -> Iterator[int]:
+    """How many more GPUs of this machine would hold it."""
+    gpu, config = plan.backend.gpu, plan.checkpoint.config
+    if gpu is None or plan.backend.name != "cuda":
+        return
+    for ranks in range(plan.ranks + 1, len(hardware.gpus()) - gpu + 1):
+        if not config.undivided(ranks) and _fitting(replace(plan, ranks=ranks)) >= LEAST_CONTEXT:
+            yield ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,6 +64,22 @@ class QTensor:
         """The matrix with rows `index` (N,) int64, in that order."""
         mins = None if self.mins is None else self.mins[index]
         return replace(self, codes=self.codes[index], scales=self.scales[index], mins=mins)
+
+    def columns(self, start: int, stop: int) -> QTensor:
+        """The matrix with columns `start` to `stop`, in smaller groups where a group is cut."""
+        group = math.gcd(self.group_size, start, stop)
+        groups, per_byte = slice(start // group, stop // group), 8 // self.bits
+
+        def cut(values: Tensor) -> Tensor:
+            return values.repeat_interleave(self.group_size // group, 1)[:, groups].contiguous()
+
+        return replace(
+            self,
+            codes=self.codes[:, start // per_byte : stop // per_byte].contiguous(),
+            scales=cut(self.scales),
+            mins=None if self.mins is None else cut(self.mins),
+            group_size=group,
+        )
 
     def __mul__(self, factor: float) -> QTensor:
         """The matrix times a number."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from llamachat.errors import WillNotFitError
-from llamachat.library.fit import Choice, Device, Fit, as_json
+from llamachat.library.fit import Choice, Device, Fit
+from llamachat.library.fit_json import as_json
 from llamachat.library.forecast import GIB
 from llamachat.terminal.output import write
 from llamachat.terminal.tables import told_params, write_columns, write_json
 
 KIB = 1024
+SERVED = "take a smaller model, or one that another machine serves (docs/scaling.md)"
 FLAGS = ("--ctx-size", "--quantize", "--device")  # that a way out may name
 _HEADINGS = (
     "form", "weights", "pass", "loading", "context", "keys, values", "peak", "longest", "tok/s",
@@ -38,6 +40,9 @@ def show_fit(fit: Fit, *, json: bool) -> None:
         write(f"\n{_title(device)}: {free}\n")
         rows = [_HEADINGS, *(_cells(choice) for choice in device.choices)]
         write_columns(rows, right=_HEADINGS[1:-1], least=_LEAST)
+    if fit.together is not None:
+        each = _gib(fit.together.choice.peak_bytes)
+        write(f"\n{fit.together.n_gpus} GPUs together: {each} on each; {_command(fit)}\n")
     write("\n" + summary(fit, between="\n") + "\n")
     if fit.best.tok_per_s is None:
         write("tok/s: `llamachat doctor` measures what that needs, once\n")
@@ -73,20 +78,29 @@ def refusal(fit: Fit, flags: Collection[str] = FLAGS) -> WillNotFitError:
             hint="make room, or name another folder in HF_HUB_CACHE",
         )
     kind = "memory" if device.id == "cpu" else f"memory on {_title(device)}"
-    several = f"; {device.n_needed} such GPUs would hold it, one is used" * (device.id != "cpu")
+    is_short = device.id != "cpu" and fit.together is None and device.n_needed > 1
+    several = f"; {device.n_needed} such GPUs would hold it together" if is_short else ""
     return WillNotFitError(
         f"{fit.name} needs {_gib(best.peak_bytes)} of {kind} as {_form(best, fit)} with"
-        f" {best.ctx_size:,} tokens of context, {_gib(device.free_bytes)} are free"
-        + several
-        * (device.n_needed > 1),
-        hint=next(_ways_out(fit, flags), "take a smaller model"),
+        f" {best.ctx_size:,} tokens of context, {_gib(device.free_bytes)} are free{several}",
+        hint=next(_ways_out(fit, flags), SERVED),
     )
+
+
+def _command(fit: Fit) -> str:
+    """What runs it on several GPUs."""
+    assert fit.together is not None
+    form = fit.together.choice.quantize
+    quantize = "" if form == fit.source.form.lower() else f" --quantize {form}"
+    return f"llamachat chat -m {fit.name} --tensor-parallel {fit.together.n_gpus}{quantize}"
 
 
 def _ways_out(fit: Fit, flags: Collection[str]) -> Iterator[str]:
     def would_fit(flag: str, value: object) -> str:
         return f"{'' if flag in flags else 'chat '}{flag} {value} would fit"
 
+    if fit.together is not None:
+        yield f"{fit.together.n_gpus} GPUs hold it together: {_command(fit)}"
     longest, device = fit.best.longest_context, fit.device
     if 0 < longest < fit.best.ctx_size:
         yield would_fit("--ctx-size", longest)

@@ -6,10 +6,11 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from llamachat.terminal.progress import on_terminal
 
@@ -57,6 +58,28 @@ def interruptible(reply: Generator[E, None, None]) -> Generator[E, None, None]:
     finally:
         signal.signal(signal.SIGINT, previous)
         reply.close()  # where nobody listens on, it ends with what there is
+
+
+@lru_cache(maxsize=1)
+def ending() -> Callable[[str], NoReturn]:
+    """What any thread can call to end the process: a line, a terminal as it is now, exit code 1."""
+    if not sys.stdin.isatty() or os.name != "posix":
+        from llamachat.loading.ranks import end
+
+        return end
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+
+    def restored(message: str) -> NoReturn:
+        from llamachat.loading.ranks import end
+
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), b"\033[?25h\033[?2004l\n" if on_terminal() else b"\n")
+        end(message)
+
+    return restored
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

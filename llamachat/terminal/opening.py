@@ -18,6 +18,7 @@ from llamachat.engine.decoding import check_one_row
 from llamachat.errors import WillNotFitError
 from llamachat.terminal.failure import Notices
 from llamachat.terminal.front import BetweenLines, Front, Streams
+from llamachat.terminal.interrupts import ending
 
 if TYPE_CHECKING:
     from llamachat.chat.remote import Server
@@ -64,6 +65,7 @@ class Run:
     session: str | None = None
     resume: bool = False
     no_save: bool = False
+    tensor_parallel: int | None = None
 
     def options(self, sampling: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> Options:
         """What was said about decoding, over what a model suggests."""
@@ -164,7 +166,10 @@ def fetch(run: Run, front: Front) -> bool:
         offline=run.offline,
         front=front,
     )
-    wanted = Wanted(run.ctx_size, run.quantize, run.device, run.backend, run.dtype, run.kv_cache)
+    wanted = Wanted(
+        run.ctx_size, run.quantize, run.device, run.backend, run.dtype, run.kv_cache,
+        run.tensor_parallel or 1,
+    )  # fmt: skip
     door.fetch(name, wanted)
     return door.force
 
@@ -203,9 +208,11 @@ def load_model(run: Run, front: Front) -> Model:
             kv_cache=run.kv_cache,
             ctx_size=run.ctx_size,
             threads=run.threads,
+            tensor_parallel=run.tensor_parallel or 1,
             revision=run.revision,
             token=run.token,
             offline=run.offline,
             force=run.force,
             notice=notice,
+            lost=ending(),
         )

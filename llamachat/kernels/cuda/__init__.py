@@ -166,6 +166,13 @@ class Cuda(reference.Reference):
         finally:
             self._is_pass = False
 
+    def then(self, action: Callable[[], object]) -> None:
+        """On the stream of the pass; a sum that waits is added first."""
+        if self._sum is not None:
+            waiting, self._sum = self._sum, None
+            self._multiply(waiting.x, waiting.weight, ADD, waiting.h)
+        action()
+
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
         """(T,) times (E / 2,) -> (T, E / 2) each."""
         tokens, half = len(position), len(frequencies)

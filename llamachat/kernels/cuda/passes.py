@@ -78,7 +78,8 @@ class Pass:
         """
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # other threads, NCCL's among them, go on using the GPU
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._result = forward(self._batch)
             self._graph = graph
         self._bring(batch)

@@ -1,0 +1,168 @@
+"""The processes that run one model together, over `torch.distributed`.
+
+The first one leads: it says what is done next, and the others do it. Tensors are summed by NCCL on
+GPUs and by gloo on CPUs; messages are bytes that gloo brings, JSON or int32, never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llamachat.errors import LlamachatError, UsageError
+from llamachat.kernels import Batch
+
+PATIENCE = timedelta(days=3650)  # of who waits for the next message: users think
+LONGEST_PASS = timedelta(minutes=10)  # of who waits for a sum
+ENDING_S = 5  # that a watcher of the processes has to end this one
+HEADER = 8
+JSON, PASS = range(2)  # kinds of messages
+LEAST_TABLE = 256  # entries of a table that travel
+
+
+class Peers:
+    """This process and the others.
+
+    Attributes:
+        rank: 0 leads.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int, size: int, *, gpu: int | None, store: str | None) -> None:
+        """Meet the others; returns when all are there.
+
+        Args:
+            rank: of this process.
+            size: of the group.
+            gpu: the GPU that this process uses, or None.
+            store: a file by which they find each other; None: torchrun's environment.
+
+        Raises:
+            LlamachatError: they did not come together.
+            UsageError: this process belongs to others already.
+        """
+        if dist.is_initialized():
+            raise UsageError("a process shares models with as many others as it began with")
+        self.rank, self.size = rank, size
+        self._numbers = count()
+        self._dropped: list[int] = []
+        self._is_lost = False
+        backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
+        found = None if store is None else dist.FileStore(store, size)  # type: ignore[attr-defined]  # torch
+        with self._together():
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
+            dist.init_process_group(
+                backend, store=found, rank=rank, world_size=size, timeout=PATIENCE
+            )
+            self._sums = dist.new_group(backend=backend, timeout=LONGEST_PASS)
+
+    def number(self) -> int:
+        """A new one, for what the others shall keep."""
+        return next(self._numbers)
+
+    def drop(self, number: int) -> None:
+        """Let the others forget what has this number, with the next pass or load."""
+        self._dropped.append(number)
+
+    def tell_dropped(self) -> None:
+        """Let them forget it now."""
+        if self._dropped:
+            dropped, self._dropped = self._dropped, []
+            self.tell({"drop": dropped})
+
+    def sum(self, tensor: Tensor) -> None:
+        """Of the tensors of all, in place; all get the same bits."""
+        with self._together():
+            dist.all_reduce(tensor, group=self._sums)
+
+    def tell(self, message: Mapping[str, Any], *, source: int = 0) -> None:
+        """Send a message to all the others."""
+        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        self._send([JSON, len(data)], data, source)
+
+    def tell_pass(self, model: int, cache: int, batch: Batch) -> None:
+        """Let the others run a batch, too."""
+        self.tell_dropped()
+        rows, entries = batch.table.shape
+        n = min(max(int(batch.seen.max()), LEAST_TABLE), entries)
+        lists = (batch.ids, batch.row, batch.slot, batch.seen, batch.position, batch.wanted)
+        data = torch.cat([*(it.flatten() for it in lists), batch.table[:, :n].flatten()])
+        header = [PASS, len(batch.ids), len(batch.wanted), rows, entries, n, model, cache]
+        self._send(header, data, 0)
+
+    def hear(self, source: int = 0) -> Mapping[str, Any] | tuple[int, int, Batch]:
+        """The next message; or a model, a cache, and the batch to run."""
+        with self._together():
+            header = torch.empty(HEADER, dtype=torch.int64)
+            dist.broadcast(header, source)
+            kind, *sizes = header.tolist()
+            if kind == JSON:
+                text = torch.empty(sizes[0], dtype=torch.uint8)
+                dist.broadcast(text, source)
+                message: Mapping[str, Any] = json.loads(text.numpy().tobytes())
+                return message
+            return self._hear_pass(*sizes)
+
+    def _hear_pass(
+        self, tokens: int, wanted: int, rows: int, entries: int, n: int, model: int, cache: int
+    ) -> tuple[int, int, Batch]:
+        sizes = [*[tokens] * 5, wanted, rows * n]
+        data = torch.empty(sum(sizes), dtype=torch.int32)
+        dist.broadcast(data, 0)
+        ids, row, slot, seen, position, wanted_ids, known = torch.split(data, sizes)
+        table = torch.zeros((rows, entries), dtype=torch.int32)
+        table[:, :n] = known.view(rows, n)
+        return model, cache, Batch(ids, row, slot, seen, position, table, wanted_ids)
+
+    def _send(self, header: list[int], data: Tensor, source: int) -> None:
+        with self._together():
+            padded = header + [0] * (HEADER - len(header))
+            dist.broadcast(torch.tensor(padded, dtype=torch.int64), source)
+            dist.broadcast(data, source)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Whatever fails inside is that another process is not there any more."""
+        said = f"one of the {self.size} processes that run the model together has ended"
+        if self._is_lost:
+            raise LlamachatError(said)
+        try:
+            yield
+        except RuntimeError as error:
+            self._is_lost = True
+            time.sleep(ENDING_S if self.rank == 0 else 0)
+            raise LlamachatError(said) from error
+
+    @contextmanager
+    def whole_pass(self) -> Iterator[None]:
+        """Ctrl-C inside comes at its end: the others would wait for what is left of it.
+
+        After any other exception they cannot go on.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        came: list[Any] = []
+        previous = (
+            signal.signal(signal.SIGINT, lambda *args: came.append(args)) if is_main else None
+        )
+        try:
+            yield
+        except BaseException:
+            self._is_lost = True
+            raise
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, previous)
+        if came and callable(previous):
+            previous(*came[-1])

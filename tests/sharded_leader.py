@@ -1,0 +1,41 @@
+"""The first of two processes that run models together: `python sharded_leader.py CASES RESULTS`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+IDS = [5, 9, 17, 3, 33, 60, 2, 2, 41, 77, 101, 9, 17, 200, 13, 44, 45, 46, 47, 48, 49]
+
+
+def run(case: dict[str, Any], size: int) -> dict[str, Any]:
+    """Logits of some ids, and replies of several strategies, the second of which is left early."""
+    import llamachat
+
+    model = llamachat.load(
+        case["folder"], backend=case["backend"], quantize=case["quantize"], dtype=case["dtype"],
+        device="cpu", threads=1, ctx_size=256, tensor_parallel=size,
+    )  # fmt: skip
+
+    def reply(decoding: Any, n: int = 24) -> list[int]:
+        return list(model.generate(IDS, decoding, n, stop_ids=()))
+
+    logits = model.logits(IDS).tolist()
+    greedy = reply(llamachat.Greedy())
+    left = model.generate(IDS, llamachat.Sample(seed=3), 24, stop_ids=())
+    next(left)
+    left.close()
+    sampled = reply(llamachat.Sample(temperature=1.0, top_p=0.9, seed=7))
+    return {
+        "logits": logits,
+        "replies": [greedy, sampled, reply(llamachat.Beam(3), 8)],
+        "bytes": model.engine.bytes_per_token(0),
+    }
+
+
+if __name__ == "__main__":
+    cases = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    results = {name: run(case, 2) for name, case in cases.items()}
+    Path(sys.argv[2]).write_text(json.dumps(results), "utf-8")
