@@ -76,7 +76,7 @@ class Bytes:
 
 
 TICKS = "tick " * 1000
-SLOW = ("read slowly", "slowly")
+SLOW = {"read slowly": 0.1, "slowly": 0.02}  # seconds a step
 
 
 def reply_to(turns: list[tuple[str, str]]) -> str:
@@ -176,7 +176,7 @@ class ScriptedEngine:
         names = {START: b"<|im_start|>", END: b"<|im_end|>"}
         text = b"".join(names.get(i) or bytes([i]) for i in ids).decode()
         turns = TURN.findall(text)
-        reading_s, speaking_s = (turns[-1][1] == text and 0.02 for text in SLOW)
+        reading_s, speaking_s = (turns[-1][1] == text and s for text, s in SLOW.items())
         for read in range(0, len(ids), 1 + len(ids) // 100):
             yield Prefill(read, len(ids), 0)
             time.sleep(reading_s)

@@ -189,7 +189,8 @@ def test_an_interrupt_ends_all_with_what_they_have(model: llamachat.Model, after
         shown = "".join(e.text for n, e in found if n == i and isinstance(e, Text))
         assert shown == done.text
     assert "interrupted" in {done.finish_reason for done in comparison.done.values()}
-    assert len(comparison.done[1].token_ids) >= len(comparison.done[0].token_ids) - 1
+    greedy, beams = comparison.done[0], comparison.done[1]
+    assert beams.finish_reason == "stop" or len(beams.token_ids) >= len(greedy.token_ids) - 1
 
 
 @pytest.mark.parametrize(
