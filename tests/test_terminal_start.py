@@ -35,7 +35,7 @@ def slow(open_terminal: Open) -> Terminal:
 def test_what_takes_long_to_import_is_not_needed_for_the_first_prompt(tmp_path: Path) -> None:
     program = (
         "import llamachat.cli.app, llamachat.terminal.conversation, sys;"
-        "print({'torch', 'rich', 'huggingface_hub', 'pydantic', 'llamachat.chat.session'}"
+        "print({'torch', 'rich', 'huggingface_hub', 'pydantic', 'llamachat.chat.templates'}"
         " & sys.modules.keys())"
     )
     found = run((sys.executable, "-c", program), tmp_path)

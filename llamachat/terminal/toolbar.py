@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from prompt_toolkit.utils import get_cwidth
 
-from llamachat.chat.context import UNBOUNDED
 from llamachat.engine.parameters import PARAMETERS, PENALTIES
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ def fitted(parts: Sequence[str], columns: int) -> str:
 
 
 def _context(conversation: Conversation) -> list[str]:
+    from llamachat.chat.context import UNBOUNDED  # it comes with the model, after the prompt
+
     done = conversation.last
     used, size = conversation.used_tokens, conversation.session.model.engine.ctx_size
     whole = f"/{size:,}" if size < UNBOUNDED else ""
