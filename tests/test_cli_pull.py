@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,11 @@ def partials(home: Path) -> list[Path]:
 
 
 def partial_bytes(home: Path) -> int:
-    return sum(path.stat().st_size for path in partials(home))
+    n_bytes = 0
+    for path in partials(home):
+        with suppress(FileNotFoundError):  # it has just become whole
+            n_bytes += path.stat().st_size
+    return n_bytes
 
 
 def wait_until(happens: Callable[[], object]) -> None:
