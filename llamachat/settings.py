@@ -169,11 +169,6 @@ def aliases() -> Mapping[str, str]:
     return table
 
 
-def renders_markdown() -> bool:
-    """Whether replies are rendered: `markdown` in the `[ui]` table of the config file."""
-    return ui().markdown
-
-
 def default_model() -> str:
     """The model without `-m`: `$LLAMACHAT_MODEL`, then the config file, then the embedded one."""
     return default_model_and_origin()[0]

@@ -13,9 +13,10 @@ import pytest
 from hub_server import TOKEN, Hub, serving
 
 if TYPE_CHECKING:
+    import torch
     from terminals import Terminal
 
-    from llamachat.kernels import Kernels
+    from llamachat.kernels import Batch, Cache, Kernels
     from llamachat.kernels.native import Native
     from llamachat.model.decoder import Decoder
 
@@ -197,3 +198,19 @@ def open_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     yield open_terminal
     for terminal in opened:
         terminal.child.close(force=True)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass of a decoder is over."""
+    from llamachat.model.decoder import Decoder
+
+    counts: list[int] = []
+    run = Decoder.__call__
+
+    def counted(decoder: Decoder, batch: Batch, cache: Cache) -> torch.Tensor:
+        counts.append(len(batch.ids))
+        return run(decoder, batch, cache)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    return counts

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 import llamachat
 from llamachat.engine.beam import Beam
@@ -14,8 +13,6 @@ from llamachat.engine.decoding import Decoding
 from llamachat.engine.engine import Engine
 from llamachat.engine.events import Done, EngineEvent, Prefill, Tails, Token
 from llamachat.engine.strategies import Greedy, Sample
-from llamachat.kernels import Batch, Cache
-from llamachat.model.decoder import Decoder
 
 PROMPT = [5, 9, 17, 3, 33, 60, 2, 41] * 5
 STOP_IDS = frozenset({257, *range(0, 256, 24)})  # many, so that replies differ in length
@@ -45,20 +42,6 @@ def by_reply(found: Sequence[tuple[int, EngineEvent]], n: int) -> list[list[Engi
 
 def ids_of(events: Sequence[EngineEvent]) -> list[int]:
     return [event.id for event in events if isinstance(event, Token)]
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each pass of a decoder is over."""
-    counts: list[int] = []
-    run = Decoder.__call__
-
-    def counted(decoder: Decoder, batch: Batch, cache: Cache) -> torch.Tensor:
-        counts.append(len(batch.ids))
-        return run(decoder, batch, cache)
-
-    monkeypatch.setattr(Decoder, "__call__", counted)
-    return counts
 
 
 def test_every_reply_is_the_one_that_it_is_alone(model: llamachat.Model) -> None:

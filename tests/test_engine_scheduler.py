@@ -15,7 +15,6 @@ from llamachat.engine.pool import PAGE
 from llamachat.engine.scheduler import Failed, Job, Request, Scheduler, Told
 from llamachat.engine.strategies import Greedy, Sample
 from llamachat.errors import DamagedFileError, PromptTooLongError, UsageError
-from llamachat.kernels import Batch, Cache
 from llamachat.model.decoder import Decoder
 
 CTX, CHUNK, PARALLEL = 400, 32, 6
@@ -246,17 +245,3 @@ def test_damaged_weights_fail_a_request_by_name(
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, DamagedFileError)
     assert scheduler.is_idle
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each pass of a decoder is over."""
-    counts: list[int] = []
-    run = Decoder.__call__
-
-    def counted(decoder: Decoder, batch: Batch, cache: Cache) -> torch.Tensor:
-        counts.append(len(batch.ids))
-        return run(decoder, batch, cache)
-
-    monkeypatch.setattr(Decoder, "__call__", counted)
-    return counts

@@ -58,7 +58,7 @@ def fetch(wheel: Wheel, *, notice: Notice, progress: Progress | None) -> Path:
         waiting = f"another process is fetching {wheel.requirement}; waiting for it"
         with (
             locked(folder.with_suffix(".lock"), notice, waiting) as has_waited,
-            _workplace(folder) as work,
+            _working_folder(folder) as work,
         ):
             if has_waited and (fetched := locate(wheel)):
                 return fetched
@@ -94,7 +94,7 @@ def _require_space(folder: Path, wheel: Wheel) -> None:
 
 
 @contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
+def _working_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder on the same disk; those of processes that were killed are removed."""
     import psutil
 

@@ -66,7 +66,7 @@ def begin(run: Run, front: Front) -> Talk:
     """Open the session that the user talks to."""
     run, found = wanted(run)
     opened = open_session(run, front)
-    markdown = settings.renders_markdown()
+    markdown = settings.ui().markdown
     conversation = Conversation(opened.session, title(opened), lora=run.lora, markdown=markdown)
     return Talk(conversation, run, opened, Shading(), found)
 
