@@ -57,7 +57,7 @@ def test_a_text_that_is_left_as_it_was_changes_nothing(
 
 
 def test_ctrl_c_in_the_editor_is_the_editors(open_terminal: Open, tmp_path: Path) -> None:
-    script = 'trap "echo got it > $2" INT; echo ready; sleep 9 & wait; kill $!'
+    script = 'trap "echo got it > $2; exit 0" INT; echo ready; while :; do sleep 0.1; done'
     terminal = open_terminal("-q", EDITOR=editor(tmp_path, script))
     terminal.wait()
     terminal.ask("one")
