@@ -107,9 +107,8 @@ class Single:
         return choice
 
     def _chosen(self, logits: Tensor, step: Tensor) -> Choice:
-        return Choice(
-            logits.argmax(-1), logprobs=logits.log_softmax(-1) if self._start.logprobs else None
-        )
+        logprobs = logits.log_softmax(-1) if self._start.logprobs else None
+        return Choice(_best(logits), logprobs=logprobs)
 
     def accept(self, choice: Choice) -> Commit:
         """Commit the token at once, unless it is a stop id."""
@@ -148,6 +147,15 @@ class Sampled(Single):
         if not self._start.logprobs:
             return Choice(tokens)
         return Choice(tokens, logprobs=left.dense(logits.shape[-1]).log_softmax(-1))
+
+
+def _best(logits: Tensor) -> Tensor:
+    """The ids (B,) of the largest of logits (B, V), of equal ones the lowest."""
+    import torch
+
+    if not logits.is_cpu:
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))  # ten times as fast as torch's
 
 
 class History:

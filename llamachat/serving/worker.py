@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from queue import Empty, SimpleQueue
 
-from llamachat.engine.events import Done, EngineEvent
+from llamachat.engine.events import Done, EngineEvent, Tails, Token
 from llamachat.engine.scheduler import Failed, Job, Request, Scheduler, Told
 from llamachat.errors import LlamachatError
+
+WINDOW_S = 0.025  # tokens may wait so long for the next ones: each telling holds the engine up
 
 
 class BusyError(LlamachatError):
@@ -147,12 +150,19 @@ class Worker:
             self._tell([(stream, (job, 0, Failed(error))) for job, stream in jobs])
 
     def _work(self) -> None:
+        untold: list[tuple[Stream | None, Told]] = []
+        last = 0.0
         while True:
             self._take()
             told = self._scheduler.step()
             self._watch(self._scheduler)
-            if told and not self._tell([(self._stream_of.get(it[0]), it) for it in told]):
-                return
+            untold += ((self._stream_of.get(it[0]), it) for it in told)
+            can_wait = all(isinstance(event, (Token, Tails)) for _, (_, _, event) in untold)
+            now = time.perf_counter()
+            if untold and not (can_wait and now < last + WINDOW_S):
+                if not self._tell(untold):
+                    return
+                untold, last = [], now
 
     def _take(self) -> None:
         """What came since; with nothing else to do, wait for something."""
