@@ -120,7 +120,7 @@ class Connection:
             raise TransferError(f"the reply broke off: {cause}") from None
         except openai.APIError as error:
             raise TransferError(f"the server failed: {self._clean(error.message)}") from None
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TransferError("the server sent an event that is not understood") from error
         if not is_over:
             raise TransferError("the reply broke off: the stream ended before it did")
@@ -157,7 +157,7 @@ class Connection:
                 if pause is None or not _may_be_repeated(error):
                     raise self._unreached(error) from None
                 why = "the server does not answer"
-            except (openai.APIError, ValueError) as error:
+            except (openai.APIError, ValueError, RecursionError) as error:
                 raise TransferError(
                     f"{self.endpoint.url}: the answer is not understood: {self._clean(error)}"
                 ) from None
@@ -181,6 +181,12 @@ class Connection:
         """What a status means, with the server's own words."""
         status, url = error.status_code, self.endpoint.url
         told = self._clean(_message(error) or f"status {status}")
+        if 300 <= status < 400:
+            elsewhere = self._clean(error.response.headers.get("location", "nowhere"))
+            return TransferError(
+                f"{url}: the server sends us elsewhere: {elsewhere}",
+                hint="--endpoint with that address, if you trust it",
+            )
         if status in (401, 403):
             hint = "--api-key-file FILE, or OPENAI_API_KEY"
             if self.endpoint.key is not None:
@@ -255,7 +261,9 @@ def _shut(connection: socket.socket | None) -> None:
 def _client(endpoint: Endpoint) -> OpenAI:
     try:
         import httpx2
-        from openai import DefaultHttpxClient, OpenAI
+        from openai import OpenAI
+
+        from llamachat.chat.bounds import bounded_client
     except ImportError:
         raise UsageError(
             "--endpoint needs the openai library", hint='pip install "llamachat[endpoint]"'
@@ -266,7 +274,7 @@ def _client(endpoint: Endpoint) -> OpenAI:
         api_key=endpoint.key or "none",
         max_retries=0,  # it repeats what may have been computed, too, and says nothing
         timeout=httpx2.Timeout(timeouts.first_s, connect=timeouts.connect_s),
-        http_client=DefaultHttpxClient(trust_env=not endpoint.is_local),  # a proxy is elsewhere
+        http_client=bounded_client(trust_env=not endpoint.is_local),  # a proxy is elsewhere
     )
 
 

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from llamachat.engine.decoding import Decoding
 
 _ENDINGS = {"length": "length", "stop": "stop", "eos_token": "stop", "stop_sequence": "stop"}
-_CUT = ("content_filter", "abort", "error")
+_CUT = ("content_filter", "abort", "error", "tool_calls", "function_call")
+_MOST_TEXT = 1 << 24  # bytes of a reply
+_MOST_COUNT = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +115,10 @@ class Remote:
             "messages": self.pieces.messages(ids),
             **_limits(max_new_tokens, ends, logprobs),
         }
-        further = {**self.fields, **self.dialect.fields(decoding), **self._goes_on(continued)}
+        asked = self.dialect.fields(decoding, self.ctx_size)
+        further = {**self.fields, **asked, **self._goes_on(continued)}
         if decoding.seed is not None:
-            further["seed"] = decoding.seed + attempt
+            further["seed"] = self.dialect.seed(decoding.seed + attempt)
         yield Prefill(0, len(ids), 0)
         with closing(self.connection.stream({**request, "extra_body": further})) as chunks:
             yield from self._followed(chunks, len(ids), ends, list(ids[len(ids) - continued :]))
@@ -149,12 +152,16 @@ class Remote:
         said: list[int],
     ) -> Iterator[EngineEvent]:
         """What a stream says. One that breaks off ends the reply, unless it had not begun."""
-        begun = len(said)
-        reason, usage = "stop", None
+        begun, size = len(said), 0
+        reason, usage = "", None
         try:
             for chunk in chunks:
                 tokens, counted, ended = self._read(chunk)
-                usage, reason = counted or usage, ended or reason
+                tokens = [] if reason else tokens  # what comes after the end is none of it
+                usage, reason = counted or usage, reason or ended
+                size += sum(len(self.pieces.token_bytes(token.id)) for token in tokens)
+                if size > _MOST_TEXT:
+                    raise TransferError(f"the reply has more than {_MOST_TEXT >> 20} MiB")
                 for token in tokens:
                     if len(said) == begun:
                         yield Prefill(n_prompt, n_prompt, 0)
@@ -174,12 +181,12 @@ class Remote:
             yield Prefill(n_prompt, n_prompt, 0)
         yield Done(_ENDINGS.get(reason, "stop"), usage=usage)
 
-    def _read(self, chunk: ChatCompletionChunk) -> tuple[list[Token], Usage | None, str | None]:
+    def _read(self, chunk: ChatCompletionChunk) -> tuple[list[Token], Usage | None, str]:
         """What a chunk says; the library lets servers say anything."""
         try:
-            ended = next((it.finish_reason for it in chunk.choices if it.finish_reason), None)
+            ended = next((str(it.finish_reason) for it in chunk.choices if it.finish_reason), "")
             return list(self._tokens(chunk)), _usage(chunk), ended
-        except (AttributeError, TypeError, ValueError, LookupError) as error:
+        except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
             raise TransferError("the server sent an event that is not understood") from error
 
     def _tokens(self, chunk: ChatCompletionChunk) -> Iterator[Token]:
@@ -205,8 +212,11 @@ class Remote:
 
     def _probability(self, told: Any) -> Probability:
         """One token's, by the model alone; what filters make of it a server does not tell."""
-        raw = bytes(told.bytes) if told.bytes else str(told.token).encode("utf-8", "replace")
-        return Probability(self.pieces.id_of(raw), float(told.logprob), math.nan)
+        raw = bytes([*told.bytes]) if told.bytes else str(told.token).encode("utf-8", "replace")
+        logprob = float(told.logprob)
+        if not math.isfinite(logprob):
+            raise ValueError(f"{logprob} is no probability")
+        return Probability(self.pieces.id_of(raw), logprob, math.nan)
 
 
 def connect(
@@ -235,9 +245,16 @@ def connect(
     card = _chosen(cards, name, endpoint)
     dialect = _dialect(card, connection)
     known = ctx_size or _context(card, dialect, connection) or UNBOUNDED
-    pieces, chosen = Pieces(), str(card["id"])
+    pieces, chosen = _pieces(card), str(card["id"])
     remote = Remote(connection, chosen, dialect, pieces, known)
     return Server(chosen, endpoint, dialect, remote, pieces)
+
+
+def _pieces(card: Mapping[str, Any]) -> Pieces:
+    """As many ids as the model has, where that is told; some servers drop a bias of others."""
+    meta = card.get("meta")
+    known = meta.get("n_vocab") if isinstance(meta, Mapping) else None
+    return Pieces(vocab_size=known) if type(known) is int and known > 0 else Pieces()
 
 
 def _limits(
@@ -258,14 +275,20 @@ def _usage(chunk: ChatCompletionChunk) -> Usage | None:
         return None
     reused = getattr(told.prompt_tokens_details, "cached_tokens", None) or 0
     counts = (told.prompt_tokens, reused, told.completion_tokens)
-    return Usage(*counts) if all(type(it) is int and it >= 0 for it in counts) else None
+    is_told = all(type(it) is int and 0 <= it < _MOST_COUNT for it in counts)
+    return Usage(*counts) if is_told else None
 
 
 def _cards(found: Any) -> list[Mapping[str, Any]]:
     """What /v1/models says of each; nothing where it says something else."""
     cards = found.get("data") if isinstance(found, Mapping) else None
     known = cards if isinstance(cards, list) else []
-    return [it for it in known if isinstance(it, Mapping) and isinstance(it.get("id"), str)]
+    return [it for it in known if isinstance(it, Mapping) and _is_name(it.get("id"))]
+
+
+def _is_name(it: object) -> bool:
+    """Whether it can be a model's: text that can be written, too."""
+    return isinstance(it, str) and it.isprintable()
 
 
 def _chosen(
