@@ -59,7 +59,7 @@ def _until_healthy(endpoint: Endpoint, process: subprocess.Popen[bytes]) -> None
     end = time.monotonic() + 30
     while time.monotonic() < end and process.poll() is None:
         try:
-            urlopen(f"{endpoint.root}/health").close()
+            urlopen(f"{endpoint.root}/health", timeout=1).close()
             return
         except OSError:
             time.sleep(0.05)

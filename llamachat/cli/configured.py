@@ -107,6 +107,13 @@ def sources_of(parameters: Mapping[str, Any]) -> list[Source]:
     return list(sources)
 
 
+def unflagged(context: typer.Context) -> Source:
+    """What the config file says of flags of `chat` that a command does not have."""
+    values: Mapping[str, Any] = context.default_map or {}
+    origins: Mapping[str, str] = context.meta[ORIGINS]
+    return {name: (values[name], origins[name]) for name in values if name not in context.params}
+
+
 def without_weaker(
     parameters: Mapping[str, Any], sources: Sequence[Source], *rivals: str
 ) -> Mapping[str, Any]:

@@ -316,12 +316,13 @@ NoSave = Annotated[bool, option("--no-save", help="Do not keep the conversation 
 Seed = Annotated[Number, option("--seed", metavar="N", help="Of every draw [default: drawn].")]
 
 
-def run_of(flags: Mapping[str, Any], notices: Notices) -> Run:
+def run_of(flags: Mapping[str, Any], notices: Notices, *, defaults: Source | None = None) -> Run:
     """What a command that answers was told: its parameters, by their names.
 
     Args:
         flags: each of them, and `context`, which knows who said it.
         notices: told what the user should know.
+        defaults: what the config file says of flags that the command does not have.
 
     Raises:
         UsageError: one of them cannot be read.
@@ -334,6 +335,7 @@ def run_of(flags: Mapping[str, Any], notices: Notices) -> Run:
 
     settings.choose_color(flags["color"])
     sources = sources_of(flags)
+    sources[-1] = {**(defaults or {}), **sources[-1]}
     flags = without_weaker(flags, sources, "system", "system_file")
     settled = settle([_words(source) for source in sources])
     told = {name: origin for source in sources[::-1] for name, (_, origin) in source.items()}

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from llamachat.cli.configured import unflagged
 from llamachat.cli.flags import (
     Backend,
     CtxSize,
@@ -92,7 +93,7 @@ def serve(
     from llamachat.loading import Model
     from llamachat.terminal.opening import open_session
 
-    opened = open_session(run_of(flags | UNSAID, notices))
+    opened = open_session(run_of(flags | UNSAID, notices, defaults=unflagged(context)))
     assert isinstance(opened.model, Model)
     from llamachat.serving.server import make_scheduler, make_service, serve
 

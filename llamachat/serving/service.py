@@ -7,14 +7,15 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import date
 from typing import TYPE_CHECKING
 
 from llamachat.chat.context import turns_of
 from llamachat.chat.dates import set_date
-from llamachat.chat.options import Options
+from llamachat.chat.options import Options, Said
 from llamachat.chat.reply import Reply
+from llamachat.chat.sources import Source, settle
 from llamachat.chat.templates import Template, encode
 from llamachat.engine.scheduler import Request
 from llamachat.errors import LlamachatError
@@ -113,7 +114,18 @@ class Service:
         return Answer(kind, self.name, stream, replies, alternatives=wanted, metrics=self.metrics)
 
     def _decoding(self, asked: Asked) -> Decoding:
-        return Options(asked.said(), self.options.layers).decoding(self.tokenizer)
+        return under(asked.said(), self.options).decoding(self.tokenizer)
+
+
+def under(said: Said, defaults: Options) -> Options:
+    """What a client says, over what the server was told, as flags are over the config file."""
+    settled = settle([_source(said, "the request"), _source(defaults.said, "config.toml")])
+    return Options(settled.said, (*settled.layers, *defaults.layers))
+
+
+def _source(said: Said, origin: str) -> Source:
+    values = {field.name: getattr(said, field.name) for field in fields(Said)}
+    return {name: (value, origin) for name, value in values.items() if value is not None}
 
 
 def in_fields(message: str) -> str:
