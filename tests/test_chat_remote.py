@@ -13,7 +13,7 @@ from api_faults import DONE, Api, Response, api_server, delta, event, failed, sa
 
 from llamachat.chat.compare import Comparison
 from llamachat.chat.context import UNBOUNDED
-from llamachat.chat.dialects import DIALECTS, UNKNOWN
+from llamachat.chat.dialects import DIALECTS, MOST_LOOK_BACK, TGI, UNKNOWN
 from llamachat.chat.endpoint import Endpoint, Timeouts, parse_endpoint
 from llamachat.chat.events import Done, Text, Trimmed
 from llamachat.chat.options import Options, Said
@@ -125,6 +125,8 @@ def test_a_stop_string_that_the_server_passes_on_ends_the_reply(api: Api) -> Non
         ("vllm", {"temperature": 0.5}, {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0}),
         ("sglang", {"top_k": 4, "min_p": 0.1}, {"top_k": 4, "min_p": 0.1}),
         ("llamacpp", {"repetition_penalty": 1.2}, {"repeat_penalty": 1.2, "typical_p": 1}),
+        ("llamacpp", {"repetition_penalty": 1.2}, {"repeat_last_n": MOST_LOOK_BACK}),
+        ("llamacpp", {"temperature": 1.0}, {"repeat_last_n": None, "mirostat": 0}),
         (
             "llamacpp",
             {"samplers": ("top_k", "typical_p", "temperature")},
@@ -154,6 +156,8 @@ def test_what_was_asked_for_is_said_in_the_words_of_the_server(
         ("vllm", {"samplers": ("top_k", "temperature")}, "--samplers"),
         ("llamacpp", {"bad_words": ("no",)}, "--bad-word"),
         ("vllm", {"strategy": "beam:4"}, "--num-beams"),
+        ("vllm-behind-another", {"top_k": 4}, "--top-k"),
+        ("llamacpp", {"seed": (1 << 32) - 1}, "--seed"),
     ],
 )
 def test_what_a_server_does_not_take_is_named_and_nothing_sent(
@@ -163,6 +167,20 @@ def test_what_a_server_does_not_take_is_named_and_nothing_sent(
     with pytest.raises(UsageError, match=flag):
         ask(talk(api, said=said))
     assert api.asked == []
+
+
+@pytest.mark.parametrize("said", [{"logit_bias": ((1, 2.0),)}, {"presence_penalty": 0.5}])
+def test_what_a_server_takes_as_something_else_is_refused(said: dict[str, Any]) -> None:
+    decoding = Options(Said(**said)).decoding()
+    assert set(said) <= set(UNKNOWN.fields(decoding))
+    with pytest.raises(UsageError, match=f"--{next(iter(said))}".replace("_", "-")):
+        TGI.fields(decoding)
+
+
+def test_a_bias_of_an_id_that_the_model_does_not_have_is_refused(api: Api) -> None:
+    api.cards = [{"id": "m", "owned_by": "llamacpp", "meta": {"n_ctx": 512, "n_vocab": 100}}]
+    with pytest.raises(UsageError, match="0 to 99"):
+        ask(talk(api, said={"logit_bias": ((100, 1.0),)}))
 
 
 def test_every_dialect_refuses_or_says_every_setting() -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
@@ -58,6 +59,24 @@ def test_a_signal_ends_it_once_the_replies_that_run_are_whole(
         assert json.loads(data[-2])["choices"][0]["finish_reason"] == "length"
         assert process.stderr is not None
         assert process.stderr.read() == b""
+
+
+def test_how_to_decode_comes_from_the_config_file_unless_a_client_says(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(
+        '[defaults]\nstrategy = "greedy"\nlogit_bias = ["64=1000"]\n'
+    )
+    with served(folder, tmp_path) as (_, url):
+        said: list[dict[str, Any]] = [{}, {"logit_bias": {"65": 1000}}, {"strategy": "top-k:1"}]
+        assert [_completion(url, it) for it in said] == ["aaaa", "bbbb", "aaaa"]
+
+
+def _completion(url: str, said: dict[str, Any]) -> str:
+    body = json.dumps({"prompt": "abc", "max_tokens": 4, **said}).encode()
+    request = Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=30) as response:
+        return str(json.load(response)["choices"][0]["text"])
 
 
 def test_an_address_in_use_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
