@@ -127,6 +127,43 @@ def test_many_at_once_get_what_each_gets_alone(client: openai.OpenAI) -> None:
         assert list(pool.map(ask, range(8))) == alone
 
 
+@pytest.mark.parametrize("prompts", [["abc", "hello", "xyz"], [[1, 2, 3], [4, 5], [6]]])
+def test_several_prompts_get_what_each_gets_alone(client: openai.OpenAI, prompts: Any) -> None:
+    asked: dict[str, Any] = {
+        "model": name(client), "max_tokens": 9, "n": 2, "seed": 3, "temperature": 1.5,
+        "logit_bias": ENDLESS,
+    }  # fmt: skip
+    alone = [client.completions.create(prompt=it, **asked) for it in prompts]
+    together = client.completions.create(prompt=prompts, **asked)
+    texts = [choice.text for it in alone for choice in it.choices]
+    assert [choice.text for choice in together.choices] == texts
+    assert [choice.index for choice in together.choices] == [*range(6)]
+    assert together.usage is not None
+    assert together.usage.prompt_tokens == sum(it.usage.prompt_tokens for it in alone if it.usage)
+
+    streamed = [""] * 6
+    usage = {"include_usage": True}
+    *chunks, last = client.completions.create(
+        prompt=prompts, stream=True, stream_options=usage, **asked
+    )
+    for chunk in chunks:
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+    assert len({chunk.id for chunk in (*chunks, last)}) == 1
+    assert last.usage.completion_tokens == together.usage.completion_tokens
+
+
+def test_prompts_that_the_queue_has_no_room_for_take_none(model: llamachat.Model) -> None:
+    with serving(model, parallel=2, queue=1) as server, connected(server) as client:
+        server.gate.clear()
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model=name(client), prompt=["a", "b", "c", "d"])
+        server.gate.set()
+        until(lambda: server.scheduler.is_idle)
+        three = client.completions.create(model=name(client), prompt=["a", "b", "c"], max_tokens=2)
+        assert len(three.choices) == 3
+
+
 def test_a_stop_string_ends_a_reply_and_is_not_shown(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {
         "model": name(client), "prompt": "abc", "max_tokens": 40, "temperature": 0,

@@ -33,7 +33,12 @@ class Piece:
 
 
 class Answer:
-    """All replies to one request, on their way."""
+    """All replies to one prompt, on their way.
+
+    Attributes:
+        stream: what the engine says.
+        head: what every part of the response has.
+    """
 
     def __init__(
         self,
@@ -64,11 +69,21 @@ class Answer:
         self._spoke = [False] * len(replies)
         self._ended = [False] * len(replies)
         self._is_told = False
-        self._head = {
+        self.head = {
             "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
         }
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """What the engine says."""
+        return (self.stream,)
+
+    @property
+    def n(self) -> int:
+        """How many replies there are."""
+        return len(self._replies)
 
     async def whole(self) -> dict[str, Any]:
         """The response, once all replies are over."""
@@ -81,12 +96,12 @@ class Answer:
                 whole.offsets += piece.offsets
                 whole.finish_reason = piece.finish_reason
         choices = [self._choice(whole, is_whole=True) for whole in wholes]
-        return {**self._head, "object": self._kind, "choices": choices, "usage": self.usage}
+        return {**self.head, "object": self._kind, "choices": choices, "usage": self.usage}
 
     async def chunks(self, *, usage: bool) -> AsyncIterator[dict[str, Any]]:
         """The parts of a streamed response; with `usage` the last tells what was used."""
         name = "chat.completion.chunk" if self._kind == "chat.completion" else self._kind
-        head = {**self._head, "object": name}
+        head = {**self.head, "object": name}
         none = {"usage": None} if usage else {}
         async for pieces in self._pieces():
             for piece in pieces:

@@ -19,6 +19,7 @@ from llamachat.serving.failures import body_of, failure, handle, told
 from llamachat.serving.guard import Guard
 from llamachat.serving.protocol import ChatAsked, CompletionAsked
 from llamachat.serving.service import Service, UnknownModelError
+from llamachat.serving.several import Several
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 4 << 20
@@ -114,7 +115,7 @@ class Answering(Response):
     """An answer on its way to a client; one that leaves ends it."""
 
     def __init__(
-        self, service: Service, answer: Answer, asked: ChatAsked | CompletionAsked
+        self, service: Service, answer: Answer | Several, asked: ChatAsked | CompletionAsked
     ) -> None:
         super().__init__()
         self._service, self._answer, self._asked = service, answer, asked
@@ -127,7 +128,7 @@ class Answering(Response):
             end = await _until_left(work, receive)
         finally:
             self._answer.account(end or "disconnected")
-            self._service.worker.release(self._answer.stream)
+            self._service.worker.release(*self._answer.streams)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> str:
         """Send it in one piece; returns how it ended."""

@@ -17,6 +17,7 @@ from llamachat.engine.probabilities import MOST
 
 MAX_STOPS = 16
 Text = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -146,12 +147,20 @@ class ChatAsked(Asked):
 
 
 class CompletionAsked(Asked):
-    """A text, or its ids, to be gone on with."""
+    """A text, or its ids, to be gone on with; or several."""
 
-    prompt: Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1)]
     logprobs: int | None = Field(None, ge=0, le=MOST)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each of them."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        several = [it for it in self.prompt if not isinstance(it, int)]
+        return several or [[it for it in self.prompt if isinstance(it, int)]]
 
     @property
     def limit(self) -> int | None:

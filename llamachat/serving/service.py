@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import date
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llamachat.chat.context import turns_of
@@ -22,6 +23,7 @@ from llamachat.errors import LlamachatError
 from llamachat.serving.answers import Answer, Kind
 from llamachat.serving.metrics import Metrics
 from llamachat.serving.protocol import Asked, ChatAsked, CompletionAsked
+from llamachat.serving.several import Several
 from llamachat.serving.worker import Worker
 from llamachat.tokenizer import Tokenizer
 
@@ -76,14 +78,20 @@ class Service:
 
         return await self._answer("chat.completion", asked, ids, stops, turn)
 
-    async def completion(self, asked: CompletionAsked) -> Answer:
-        """How a text goes on. See `chat`."""
-        prompt = asked.prompt
+    async def completion(self, asked: CompletionAsked) -> Answer | Several:
+        """How texts go on; each is a request of its own to the engine. See `chat`."""
+        answers: list[Answer] = []
+        try:
+            for prompt in asked.prompts:
+                ids = partial(self._ids, prompt)
+                answers.append(await self._answer("text_completion", asked, ids, asked.stops, 0))
+        except BaseException:
+            self.worker.release(*(answer.stream for answer in answers))
+            raise
+        return answers[0] if len(answers) == 1 else Several(answers)
 
-        def ids() -> list[int]:
-            return encode([prompt], self.tokenizer) if isinstance(prompt, str) else prompt
-
-        return await self._answer("text_completion", asked, ids, asked.stops, 0)
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        return encode([prompt], self.tokenizer) if isinstance(prompt, str) else prompt
 
     async def _answer(
         self,

@@ -129,11 +129,12 @@ class Worker:
         self._inbox.put(("submit", stream))
         return stream
 
-    def release(self, stream: Stream) -> None:
-        """The request is over, or nobody wants it any more: its rows are free."""
-        if stream in self._streams:
-            del self._streams[stream]
-            self._inbox.put(("cancel", stream))
+    def release(self, *streams: Stream) -> None:
+        """The requests are over, or nobody wants them any more: their rows are free."""
+        for stream in streams:
+            if stream in self._streams:
+                del self._streams[stream]
+                self._inbox.put(("cancel", stream))
 
     def close(self) -> None:
         """Take nothing on any more, and forget what waits; may be called by a signal handler."""
