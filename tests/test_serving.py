@@ -213,14 +213,20 @@ def test_a_conversation_that_goes_on_is_not_read_again(client: openai.OpenAI) ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_row(server: Server, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": ["a", "b"]})],
+)
+def test_a_client_that_leaves_frees_its_rows(
+    server: Server, path: str, asked: dict[str, Any], stream: bool
+) -> None:
     body = json.dumps(
-        {"messages": HELLO, "stream": stream, "logit_bias": ENDLESS, "max_tokens": 900}
+        {**asked, "stream": stream, "logit_bias": ENDLESS, "max_tokens": 900}
     ).encode()
     server.gate.clear()
     with raw(server) as client:
         head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{head}".encode() + body)
+        client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}".encode() + body)
         until(lambda: not server.scheduler.is_idle)
     server.gate.set()
     until(lambda: server.scheduler.is_idle, 1)  # all 900 would take longer
