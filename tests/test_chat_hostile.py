@@ -142,6 +142,11 @@ def test_a_reply_without_end_is_cut(api: Api, monkeypatch: pytest.MonkeyPatch) -
     assert (len(done.text), done.finish_reason) == (900, "interrupted")
 
 
+def test_compressed_data_is_not_asked_for(api: Api) -> None:
+    ask(api, *said("ok").steps)
+    assert api.headers["accept-encoding"] == "identity"
+
+
 def test_a_model_whose_name_cannot_be_shown_is_none(api: Api) -> None:
     api.cards = [{"id": "\x1b[2J"}, {"id": "m"}]
     assert ask(api, *said("ok").steps).text == "ok"

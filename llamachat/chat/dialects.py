@@ -1,9 +1,10 @@
 """What servers of the OpenAI protocol take beyond it, and our ways to decode in their words.
 
-None of these servers refuses a field that it does not know. Sources: vLLM, vllm/entrypoints/openai/
+None but ours refuses a field that it does not know. Sources: vLLM, vllm/entrypoints/openai/
 chat_completion/protocol.py (002032e); SGLang, python/sglang/srt/entrypoints/openai/protocol.py
-(004c82e); llama.cpp, tools/server/server-schema.cpp and server-common.cpp (0c1e570), which clamps
-and wraps numbers without a word; text-generation-inference, router/src/lib.rs (`ChatRequest`).
+(004c82e); llama.cpp, tools/server/server-schema.cpp and server-common.cpp (in llama-cpp-python
+0.3.36), which clamps and wraps numbers without a word; text-generation-inference,
+router/src/lib.rs (`ChatRequest`).
 """
 
 from __future__ import annotations
