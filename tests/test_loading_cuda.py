@@ -100,16 +100,22 @@ def test_blocks_are_taken_apart_on_the_gpu_as_on_the_cpu(kind: object) -> None:
             assert torch.equal(ours.cpu().nan_to_num(), theirs.nan_to_num())
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
-def test_quantizing_on_the_gpu_gives_the_cpu_s_codes_but_for_ties(name: FormName) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "form", [Form("int8"), Form("int4"), Form("int8", 256), Form("int8", 192), Form("int4", 64)],
+    ids=lambda form: f"{form.name}-g{form.group_size}",
+)  # fmt: skip
+def test_quantizing_on_the_gpu_gives_the_cpu_s_codes_but_for_ties(
+    form: Form, dtype: torch.dtype
+) -> None:
     """Sums in another order choose another one of two scales that are as good."""
-    weight, form = torch.randn(512, 1024), Form(name)
+    weight = torch.randn(513, 4 * form.group_size).to(dtype)
     found, expected = kernels().quantize(weight, form), quantize(weight, form)
     codes = found.codes.cpu().view(*expected.scales.shape, -1) == expected.codes.view(
         *expected.scales.shape, -1
     )
     is_same = found.scales.cpu() == expected.scales
-    assert is_same.double().mean() > 0.9
+    assert is_same.double().mean() > 0.85
     assert codes[is_same].all()
     assert off(found.dequantize(), weight) < off(expected.dequantize(), weight) * 1.0001
 

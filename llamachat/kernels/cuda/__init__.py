@@ -24,8 +24,10 @@ from llamachat.kernels.cuda.attention import Asked, Attention, pointer
 from llamachat.kernels.cuda.compiler import Compiler
 from llamachat.kernels.cuda.passes import Pass, Queue, Shape, moved
 from llamachat.kernels.cuda.prompts import Prompts
+from llamachat.kernels.cuda.quantize import quantize
 from llamachat.kernels.cuda.staging import Stage
 from llamachat.kernels.cuda.weights import BLOCK, Packed, pack
+from llamachat.quant.form import BITSANDBYTES, Form
 from llamachat.quant.tensor import QTensor
 
 __all__ = ["Cuda"]
@@ -112,6 +114,13 @@ class Cuda(reference.Reference):
     ) -> Weight:
         """Parts one after the other, each in the form it came in."""
         return pack(parts, bias, self.place)
+
+    def quantize(self, weight: Tensor, form: Form) -> QTensor:
+        """In one kernel, or by bitsandbytes."""
+        if form.name in BITSANDBYTES:
+            return super().quantize(weight, form)
+        with torch.cuda.device(self.device):
+            return quantize(self.place(weight), form, self._compiler.kernel)
 
     def rehearsal(self, progress: Callable[[int, int], None]) -> AbstractContextManager[None]:
         """See `Compiler.rehearsal`: passes inside give nothing but kernels that are compiled."""

@@ -147,3 +147,14 @@ class Rows(Structure):
         ("eps", c_float),
         ("unused", c_int32),
     )
+
+
+class Quantize(Structure):
+    """Floats that become codes (quantize.cu)."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("groups", c_int64),
+    )
