@@ -34,13 +34,6 @@ __device__ __forceinline__ float of_half(uint32_t bits) {
     return value;
 }
 
-// To the nearest, ties to even; beyond the largest an infinity.
-__device__ __forceinline__ uint32_t to_half(float value) {
-    uint16_t bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
 __device__ __forceinline__ float of_bfloat16(uint32_t bits) { return __uint_as_float(bits << 16); }
 
 // To the nearest, ties to even; a NaN stays one.
@@ -112,6 +105,13 @@ __device__ __forceinline__ void await_inputs() {
 
 __device__ __forceinline__ float larger(float a, float b) {  // NaN if one of them is
     return a > b || a != a ? a : b;
+}
+
+// To the nearest, ties to even; beyond the largest an infinity.
+__device__ __forceinline__ uint32_t to_half(float value) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
 }
 
 template <int WIDTH = kWarp>

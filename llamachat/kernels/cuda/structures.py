@@ -108,6 +108,17 @@ class Code(Structure):
     _fields_ = (("out", Acts), ("x", c_void_p), ("gain", c_void_p))
 
 
+class Quantize(Structure):
+    """Floats that become codes (quantize.cu)."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("groups", c_int64),
+    )
+
+
 class Attention(Structure):
     """Attention of a few tokens in one layer (attention.cu)."""
 
@@ -146,15 +157,4 @@ class Rows(Structure):
         ("dim", c_int64),
         ("eps", c_float),
         ("unused", c_int32),
-    )
-
-
-class Quantize(Structure):
-    """Floats that become codes (quantize.cu)."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("groups", c_int64),
     )
