@@ -27,7 +27,7 @@ from llamachat.engine.strategies import Greedy, Sample
 from llamachat.kernels import Batch, Norm
 from llamachat.kernels.cuda import Cuda
 from llamachat.model.decoder import Decoder, load_decoder
-from llamachat.quant.form import CODEBOOK, SHIFTS, Form, FormName
+from llamachat.quant.form import CODEBOOK, SHIFTS, Form
 from llamachat.quant.tensor import QTensor
 
 SHAPES = {  # dim, heads, kv heads, hidden_dim, vocab_size
@@ -176,11 +176,10 @@ def kernel_table(decoder: Decoder, depth: int) -> Iterator[tuple[str, float, flo
     yield "head", graph_seconds(lambda: [k._product(act, head) for _ in range(4)]) / 4, head.n_bytes
 
 
-def quantize_rate(kernels: Cuda, name: FormName) -> float:
+def quantize_rate(kernels: Cuda, form: Form) -> float:
     """Values a second of a float16 matrix of the shape of a 7B's gate."""
     weight = torch.randn(11008, 4096, device="cuda").half()
-    kernels.quantize(weight, Form(name))
-    return weight.numel() / timed(lambda: kernels.quantize(weight, Form(name)), 10)
+    return weight.numel() / timed(lambda: kernels.quantize(weight, form), 10)
 
 
 def copy_bandwidth() -> float:
@@ -233,8 +232,8 @@ def main() -> None:
         print(f"| kernel at {depth} | us | GB/s |\n|---|---|---|")
         for name, seconds, size in kernel_table(decoder, depth):
             print(f"| {name} | {seconds * 1e6:.2f} | {size / seconds / 1e9:.0f} |")
-    for name in ("int4", "int8"):
-        print(f"quantized to {name}: {quantize_rate(kernels, name) / 1e9:.1f}e9 values/s")
+    for form in (Form("int4"), Form("int8")):
+        print(f"quantized to {form.name}: {quantize_rate(kernels, form) / 1e9:.1f}e9 values/s")
     print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
 
 
