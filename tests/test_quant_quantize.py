@@ -128,10 +128,16 @@ def test_values_within_the_outer_levels_err_by_half_a_step_at_most(
     ),
 )
 def test_the_search_is_never_worse_than_none(name: FormName, values: list[float]) -> None:
-    """None: the largest value is an outer level, of a float16 scale, and all are rounded."""
+    """None: the largest value is an outer level, of a float16 scale, and all are rounded.
+
+    At 4 bits the lowest four bits of the scale are 8, for no shift.
+    """
     form, weight = Form(name), torch.tensor([values])
     outer = CODEBOOK[0] if form.bits == 4 else 127
-    scale = (weight[0, weight.abs().argmax()] / outer).half().float()
+    half = (weight[0, weight.abs().argmax()] / outer).half()
+    if form.bits == 4:
+        half = (half.view(torch.int16) & ~15 | 8).view(torch.float16)
+    scale = half.float()
     plain = scale * nearest_level(weight / scale if scale else weight, form)
     found = squared_errors(weight, quantize(weight, form)).item()
     assert found <= (weight - plain).square().sum().item() * (1 + 1e-5)
