@@ -10,7 +10,7 @@ constexpr int kLevels = 16;
 __device__ constexpr float kBook[kLevels] = {BOOK};
 __device__ constexpr float kParts[] = {1.0f, 0.92f};  // of the scale that clips nothing
 constexpr float kTop = 127.0f;                        // the largest code of 8 bits
-constexpr int kScales = 31;                           // of 8 bits that are tried
+constexpr int kScales = 31;                           // of 8 bits that are tried, 0.2 % apart
 constexpr int kAround = 3;                            // shifts on either side that are tried
 constexpr int kNoShift = 8;                           // the number that a scale has then
 constexpr int kRefinements = 3;
@@ -32,8 +32,7 @@ struct Quantize {
     int64_t groups;
 };
 
-// Units of a group alternate between its lanes.
-constexpr int kUnits = VALUES / kUnit;
+constexpr int kUnits = VALUES / kUnit;  // of a lane; those of a group alternate between its lanes
 
 __device__ __forceinline__ float or_one(float divisor) { return divisor == 0 ? 1.0f : divisor; }
 
@@ -89,21 +88,17 @@ class Search {
         each([&](float x) { low = fminf(low, x), high = fmaxf(high, x); });
         low = -largest_over(-low), high = largest_over(high);
         const float first = (high >= -low ? high : low) / (BITS == 8 ? kTop : kBook[0]);
-        float scale = first;
-        int steps = 0;
+        consider(first, 0);
+        if constexpr (BITS == 8) try_scales(first);
+        else try_shifts(low, high);
+        float scale = best_scale_;
 #pragma unroll 1
-        for (int i = 0; i <= kRefinements; ++i) {
-            scale = consider(scale, steps);
-            if (i > 0) continue;
-            if constexpr (BITS == 8) try_scales(first);
-            else try_shifts(low, high);
-            scale = best_scale_, steps = best_steps_;
-        }
-        if ((to_half(first) & 0x7FFF) == 0) half = 0, this->steps = 0;
+        for (int i = 0; i < kRefinements; ++i) scale = consider(scale, best_steps_);
+        if ((to_half(first) & 0x7FFF) == 0) half = shift_steps = 0;
     }
 
-    int half = 0;   // the scale
-    int steps = 0;  // of the shift
+    int half = 0;         // the scale
+    int shift_steps = 0;  // multiples of SHIFT
 
   private:
     template <class Action>
@@ -158,7 +153,7 @@ class Search {
             fit.add(x, v), error += off * off;
         });
         error = sum_over<LANES>(error);
-        if (error < least_) least_ = error, half = rounded, this->steps = steps;
+        if (error < least_) least_ = error, half = rounded, shift_steps = steps;
         return fit.total().scale();
     }
 
@@ -192,7 +187,7 @@ extern "C" __global__ void quantize(const __grid_constant__ Quantize a) {
             if constexpr (BITS == 8) {
                 codes.bytes[i] = static_cast<uint8_t>(static_cast<int>(level_of(x[unit][i] / divisor, 0)));
             } else {
-                const float shift = static_cast<float>(found.steps * SHIFT);
+                const float shift = static_cast<float>(found.shift_steps * SHIFT);
                 const int even = number_of(x[unit][2 * i] / divisor - shift);
                 codes.bytes[i] = even | number_of(x[unit][2 * i + 1] / divisor - shift) << 4;
             }
