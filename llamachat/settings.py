@@ -289,6 +289,11 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def disable_multicast() -> None:
+    """Keep torch from setting NVLink's up for symmetric memory, which needs none here."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """What torchrun says of a process: `RANK`, `WORLD_SIZE`, `LOCAL_RANK`."""

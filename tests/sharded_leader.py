@@ -11,18 +11,18 @@ IDS = [5, 9, 17, 3, 33, 60, 2, 2, 41, 77, 101, 9, 17, 200, 13, 44, 45, 46, 47, 4
 
 
 def run(case: dict[str, Any], size: int) -> dict[str, Any]:
-    """Logits of some ids, and replies of several strategies, the second of which is left early."""
+    """Logits of some ids and of a few, and replies of several strategies; one is left early."""
     import llamachat
 
     model = llamachat.load(
         case["folder"], backend=case["backend"], quantize=case["quantize"], dtype=case["dtype"],
-        device="cpu", threads=1, ctx_size=256, tensor_parallel=size,
+        device=case.get("device", "cpu"), threads=1, ctx_size=256, tensor_parallel=size,
     )  # fmt: skip
 
     def reply(decoding: Any, n: int = 24) -> list[int]:
         return list(model.generate(IDS, decoding, n, stop_ids=()))
 
-    logits = model.logits(IDS).tolist()
+    logits = [*model.logits(IDS).tolist(), *model.logits(IDS[:5]).tolist()]
     greedy = reply(llamachat.Greedy())
     left = model.generate(IDS, llamachat.Sample(seed=3), 24, stop_ids=())
     next(left)
@@ -32,6 +32,7 @@ def run(case: dict[str, Any], size: int) -> dict[str, Any]:
         "logits": logits,
         "replies": [greedy, sampled, reply(llamachat.Beam(3), 8)],
         "bytes": model.engine.bytes_per_token(0),
+        "joined": getattr(model.engine.decoder.kernels, "_joined", 0),
     }
 
 

@@ -122,7 +122,7 @@ def test_two_processes_give_the_logits_of_transformers(
     model = LlamaForCausalLM.from_pretrained(cases[name]["folder"], dtype=torch.float32)
     with torch.inference_mode():
         expected = model(torch.tensor([IDS])).logits[0]
-    found = torch.tensor(together[name]["logits"])
+    found = torch.tensor(together[name]["logits"][: len(IDS)])
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 

@@ -1,24 +1,25 @@
 """Speed, memory and correctness of a 70B shape on one GPU and on two, with random int4 weights.
 
     python tools/measure_sharded.py alone [--layers 80]
-    torchrun --nproc-per-node 2 tools/measure_sharded.py together [--layers 80]
+    torchrun --nproc-per-node 2 tools/measure_sharded.py together [--layers 80] [--sum nccl]
 
 Weights are made on the GPU from their names, so that each process has its part of the same model.
 The second command compares logits with those of the first, and of two layers in float32 on the
-reference with those of one process.
+reference with those of one process; passes of a few tokens are summed through NCCL, and then by
+kernels that write to the memory of the other GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,6 @@ from llamachat.checkpoints.names import iter_weights
 from llamachat.engine.engine import GPU_CHUNK, Engine
 from llamachat.engine.events import Token
 from llamachat.engine.strategies import Greedy
-from llamachat.errors import LlamachatError
 from llamachat.kernels import Kernels
 from llamachat.kernels.cuda import Cuda
 from llamachat.kernels.peers import Peers
@@ -89,7 +89,7 @@ def decoder_of(
     if peers is None:
         return load_decoder(config, weights(config, form, None), kernels)
     part = Part(config, peers.rank, peers.size)
-    sharded = Sharded(kernels, peers, number, part.head_rows, config.vocab_size)
+    sharded = Sharded(kernels, peers, number, config.dim, part.head_rows, config.vocab_size)
     return load_decoder(part.own, weights(config, form, part), sharded)
 
 
@@ -143,41 +143,70 @@ def alone(layers: int) -> None:
     torch.save(measure(engine_of(decoder)), KEPT)
 
 
-def together(layers: int) -> None:
+class Separate(Cuda):
+    """Kernels that leave sums to NCCL."""
+
+    def join(self, peers: Peers, dim: int) -> int:
+        """For no pass."""
+        return 0
+
+
+SUMS: dict[str, type[Cuda]] = {"nccl": Separate, "symmetric": Cuda}
+
+
+def together(layers: int, sums: Sequence[str]) -> None:
     """One of several processes."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     peers = Peers(rank, size, gpu=rank, store=None)
     device = f"cuda:{rank}"
+    follower = Follower(peers, rank)
     expected = None
     if rank == 0:
         expected = engine_of(decoder_of(Reference(device), 2, None), 64).logits(ids_of(16)).cpu()
-    exact = decoder_of(Reference(device), 2, None, 1000, peers)
     time_sums(peers, device)
-    if rank == 0:
+
+    def exact(decoder: Decoder) -> None:
         assert expected is not None
-        report("two layers in float32", engine_of(exact, 64).logits(ids_of(16)).cpu(), expected)
-        exact = None
-        peers.tell({"drop": [1000]})
-    else:
-        follower = Follower(peers, rank)
-        follower._models[1000] = exact
-        del exact
-        heard = peers.hear()
-        while "drop" not in heard:
-            follower.do(heard)
-            heard = peers.hear()
-        follower.do(heard)
-    torch.cuda.empty_cache()
-    decoder = decoder_of(Cuda(device), layers, "int4", 2000, peers)
+        report("two layers in float32", engine_of(decoder, 64).logits(ids_of(16)).cpu(), expected)
+
+    share(follower, peers, 1000, lambda: Reference(device), 2, None, exact)
+    for number, name in enumerate(sums, 2000):
+
+        def whole(decoder: Decoder, name: str = name) -> None:
+            print(f"sums: {name}", flush=True)
+            report(f"{layers} layers as int4", measure(engine_of(decoder)), torch.load(KEPT))
+
+        share(follower, peers, number, lambda: SUMS[name](device), layers, "int4", whole)  # noqa: B023
+
+
+def share(
+    follower: Follower,
+    peers: Peers,
+    number: int,
+    kernels: Callable[[], Kernels],
+    layers: int,
+    form: str | None,
+    lead: Callable[[Decoder], None],
+) -> None:
+    """Make a model in all processes; the first does `lead` with it, and the others follow."""
+    decoder = decoder_of(kernels(), layers, form, number, peers)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    if rank:
-        follower._models[2000] = decoder
-        with suppress(LlamachatError):
-            follower.follow()
-        return
-    found = measure(engine_of(decoder))
-    report(f"{layers} layers as int4", found, torch.load(KEPT))
+    if peers.rank == 0:
+        if (joined := getattr(decoder.kernels, "_joined", 0)) or form:
+            print(f"passes of up to {joined} tokens are summed by kernels", flush=True)
+        lead(decoder)
+        peers.tell({"drop": [number]})
+    else:
+        follower._models[number] = decoder
+        is_over = False
+        while not is_over:
+            heard = peers.hear()
+            is_over = isinstance(heard, Mapping) and number in heard.get("drop", ())
+            follower.do(heard)
+    del decoder
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def time_sums(peers: Peers, device: str) -> None:
@@ -203,8 +232,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("how", choices=("alone", "together"))
     parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--sum", nargs="+", choices=[*SUMS], default=[*SUMS])
     args = parser.parse_args()
-    (alone if args.how == "alone" else together)(args.layers)
+    if args.how == "alone":
+        alone(args.layers)
+    else:
+        together(args.layers, args.sum)
     os._exit(0)
 
 

@@ -11,7 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llamachat import settings
 from llamachat.errors import LlamachatError, UsageError
 from llamachat.kernels import Batch
 
@@ -29,6 +31,23 @@ ENDING_S = 5  # that a watcher of the processes has to end this one
 HEADER = 8
 JSON, PASS = range(2)  # kinds of messages
 LEAST_TABLE = 256  # entries of a table that travel
+
+
+@dataclass(frozen=True, slots=True)
+class Symmetric:
+    """Memory on the GPU of every process, which all of them reach.
+
+    Attributes:
+        tensor: this process's, int64.
+        addresses: of every process's, as this one's kernels see them.
+        rank: of this process.
+        mapping: what keeps the memory of the others mapped.
+    """
+
+    tensor: Tensor
+    addresses: tuple[int, ...]
+    rank: int
+    mapping: object
 
 
 class Peers:
@@ -54,7 +73,7 @@ class Peers:
         """
         if dist.is_initialized():
             raise UsageError("a process shares models with as many others as it began with")
-        self.rank, self.size = rank, size
+        self.rank, self.size, self._gpu = rank, size, gpu
         self._numbers = count()
         self._dropped: list[int] = []
         self._is_lost = False
@@ -86,6 +105,49 @@ class Peers:
         """Of the tensors of all, in place; all get the same bits."""
         with self._together():
             dist.all_reduce(tensor, group=self._sums)
+
+    def symmetric(self, n_bytes: int) -> Symmetric | None:
+        """So many zeros in each process; None where GPUs cannot reach each other.
+
+        All processes ask for it at once.
+        """
+        if not self._agree(self._reaches_all()):
+            return None
+        made: Symmetric | None = None
+        with suppress(ImportError, AttributeError, TypeError, RuntimeError):  # it is torch's alpha
+            made = self._rendezvous(n_bytes)
+        return made if self._agree(made is not None) else None
+
+    def _reaches_all(self) -> bool:
+        """Whether the GPUs from the first process's on are of this machine, and linked."""
+        if self._gpu is None:
+            return False
+        first = self._gpu - self.rank
+        return 0 <= first <= torch.cuda.device_count() - self.size and all(
+            gpu == self._gpu or torch.cuda.can_device_access_peer(self._gpu, gpu)
+            for gpu in range(first, first + self.size)
+        )
+
+    def _rendezvous(self, n_bytes: int) -> Symmetric:
+        import torch.distributed._symmetric_memory as symmetric
+
+        settings.disable_multicast()
+        device = torch.device(f"cuda:{self._gpu}")
+        tensor = symmetric.empty(n_bytes // 8, dtype=torch.int64, device=device)
+        mapping = symmetric.rendezvous(tensor, self._sums)
+        addresses = tuple(mapping.buffer_ptrs)
+        if addresses[self.rank] != tensor.data_ptr() or len(addresses) != self.size:
+            raise RuntimeError("the memory is not where it is said to be")
+        tensor.zero_()
+        torch.cuda.synchronize()
+        return Symmetric(tensor, addresses, self.rank, mapping)
+
+    def _agree(self, is_so: bool) -> bool:
+        """Whether it is so in all processes."""
+        with self._together():
+            n = torch.tensor(int(is_so))
+            dist.all_reduce(n, dist.ReduceOp.MIN, group=self._sums)
+            return bool(n)
 
     def tell(self, message: Mapping[str, Any], *, source: int = 0) -> None:
         """Send a message to all the others."""

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -28,6 +29,15 @@ class Shared:
     part: Cache
 
 
+@runtime_checkable
+class Joining(Protocol):
+    """A backend whose kernels can sum over processes."""
+
+    def join(self, peers: Peers, dim: int) -> int:
+        """Let `linear_add` do so; the most tokens of a pass for which it will."""
+        ...
+
+
 class Sharded:
     """`backend` over this process's part of every weight.
 
@@ -39,7 +49,7 @@ class Sharded:
     queues = False  # the others are told which ids to run
 
     def __init__(
-        self, backend: Kernels, peers: Peers, number: int, rows: range, n_rows: int
+        self, backend: Kernels, peers: Peers, number: int, dim: int, rows: range, n_rows: int
     ) -> None:
         """Share a model.
 
@@ -47,6 +57,7 @@ class Sharded:
             backend: computes this process's part.
             peers: this process and the others.
             number: by which the others know this object.
+            dim: of the hidden state.
             rows: of the head that this process has.
             n_rows: of the head in all.
         """
@@ -59,6 +70,7 @@ class Sharded:
         self.number = number
         self._peers = peers
         self._is_alone = False
+        self._joined = backend.join(peers, dim) if isinstance(backend, Joining) else 0
         self._rows, self._n_rows = rows, n_rows
         if peers.rank == 0:
             weakref.finalize(self, peers.drop, self.number)
@@ -104,6 +116,9 @@ class Sharded:
 
     def linear_add(self, x: Act, weight: Weight, h: Tensor) -> None:
         """h (T, D) += W x, a sum over the columns of all; h counts once."""
+        if len(h) <= self._joined:
+            self.backend.linear_add(x, weight, h)
+            return
         if self._peers.rank:
             self.then(h.zero_)
         self.backend.linear_add(x, weight, h)

@@ -174,7 +174,8 @@ def _load_part(plan: Plan, threads: int, part: Part, peers: Peers, number: int) 
     from llamachat.model.decoder import load_decoder
 
     backend = _kernels(plan, threads)
-    kernels = Sharded(backend, peers, number, part.head_rows, part.config.vocab_size)
+    config = part.config
+    kernels = Sharded(backend, peers, number, config.dim, part.head_rows, config.vocab_size)
     return load_decoder(part.own, _tensors(plan, backend, part), kernels)
 
 

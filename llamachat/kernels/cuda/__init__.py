@@ -22,11 +22,13 @@ from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Norm, Weigh
 from llamachat.kernels.cuda import structures
 from llamachat.kernels.cuda.attention import Asked, Attention, pointer
 from llamachat.kernels.cuda.compiler import Compiler
+from llamachat.kernels.cuda.exchange import MOST, Exchange
 from llamachat.kernels.cuda.passes import Pass, Queue, Shape, moved
 from llamachat.kernels.cuda.prompts import Prompts
 from llamachat.kernels.cuda.quantize import quantize
 from llamachat.kernels.cuda.staging import Stage
 from llamachat.kernels.cuda.weights import BLOCK, Packed, pack
+from llamachat.kernels.peers import Peers
 from llamachat.quant.form import BITSANDBYTES, Form
 from llamachat.quant.tensor import QTensor
 
@@ -35,7 +37,7 @@ __all__ = ["Cuda"]
 FEW = 16  # tokens that a weight is read packed for
 THREADS = 128
 TUNED_ON = "NVIDIA H100 80GB HBM3"
-STORE, ADD, SWIGLU = range(3)
+STORE, ADD, SWIGLU, SEND = range(4)
 # Of products by mode and tokens: rows of a warp, units of each on their way, and blocks that a
 # processor shall have room for. Measured on `TUNED_ON` with shapes of a 7B model.
 TILES = {
@@ -43,6 +45,7 @@ TILES = {
     ADD: {1: (2, 2, 1), 2: (1, 1, 1), 4: (2, 1, 1), 8: (4, 1, 1)},
     SWIGLU: {1: (4, 1, 3), 2: (4, 1, 2), 4: (8, 1, 3), 8: (4, 1, 2)},
 }
+TILES[SEND] = TILES[ADD]
 LARGEST_HEAD = 256  # elements
 
 
@@ -98,6 +101,7 @@ class Cuda(reference.Reference):
         self._pool = torch.cuda.graph_pool_handle()
         self._queue = Queue()
         self._sum: _Sum | None = None
+        self._exchange: Exchange | None = None
         self._is_pass = False
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -126,6 +130,20 @@ class Cuda(reference.Reference):
         """See `Compiler.rehearsal`: passes inside give nothing but kernels that are compiled."""
         self._stage.close()
         return self._compiler.rehearsal(progress)
+
+    def join(self, peers: Peers, dim: int) -> int:
+        """Sum over processes in kernels of its own: `linear_add` adds the products of all to h.
+
+        Returns:
+            The tokens of a pass that this is for at most; 0 where GPUs cannot reach each other.
+        """
+        if peers.size > MOST:
+            return 0
+        memory = peers.symmetric(Exchange.n_bytes(peers.size, FEW, dim))
+        if memory is None:
+            return 0
+        self._exchange = Exchange(self._compiler, memory, FEW, dim)
+        return FEW
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Slots:
         """Memory on the GPU, of zeros.
@@ -164,6 +182,8 @@ class Cuda(reference.Reference):
                     self._queue.add()
                     return logits
                 self._is_pass, self._sum = True, None
+                if self._exchange is not None:
+                    self._exchange.begin()
                 return self._few(forward, batch, {} if cache is None else cache.passes)
         except torch.OutOfMemoryError as error:
             free, total = (n / 2**30 for n in torch.cuda.mem_get_info(self.device))
@@ -178,8 +198,7 @@ class Cuda(reference.Reference):
     def then(self, action: Callable[[], object]) -> None:
         """On the stream of the pass; a sum that waits is added first."""
         if self._sum is not None:
-            waiting, self._sum = self._sum, None
-            self._multiply(waiting.x, waiting.weight, ADD, waiting.h)
+            self._added(None, None)
         action()
 
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
@@ -278,11 +297,20 @@ class Cuda(reference.Reference):
         """Codes of h times the norm's weight; a sum that waits for them is added first."""
         out = self._acts(h.shape[0], h.shape[1], norm)
         if self._sum is not None:
-            waiting, self._sum = self._sum, None
-            assert waiting.h is h
-            self._multiply(waiting.x, waiting.weight, ADD, h, out=out, gain=norm.weight)
+            assert self._sum.h is h
+            self._added(out, norm.weight)
             return out
         return self._code(h, out, norm.weight)
+
+    def _added(self, out: Coded | None, gain: Tensor | None) -> None:
+        """The sum that waits; `out` becomes the codes of h times `gain`."""
+        assert self._sum is not None
+        waiting, self._sum = self._sum, None
+        if self._exchange is None:
+            self._multiply(waiting.x, waiting.weight, ADD, waiting.h, out=out, gain=gain)
+            return
+        self._multiply(waiting.x, waiting.weight, SEND, None)
+        self._exchange.gather(waiting.h, None if out is None else out.struct, gain)
 
     def _coded(self, x: Tensor) -> Coded:
         return self._code(x, self._acts(x.shape[0], x.shape[1]), None)
@@ -345,6 +373,9 @@ class Cuda(reference.Reference):
             args.parts[i] = part.struct
         if out is not None:
             args.out = out.struct
+        if mode == SEND:
+            assert self._exchange is not None
+            self._exchange.address(args)
         several = weight.parts[:1] if mode == SWIGLU else weight.parts
         blocks = sum(_ceil(part.shape[0], BLOCK) for part in several)
         kernel((blocks, _ceil(tokens, tile)), BLOCK // rows * 32, args)

@@ -4,9 +4,10 @@
 // ROWS of them; its lanes take one unit of each row after the other, DEPTH of them on their way.
 // Compiled for FORMS, a list such as X(1) X(2), MODE, TOKENS, ROWS, DEPTH and RESIDENT, the blocks
 // that a processor shall have room for.
+#include "peers.cuh"
 #include "weights.cuh"
 
-enum Mode { kStore, kAdd, kSwiglu };
+enum Mode { kStore, kAdd, kSwiglu, kSend };
 constexpr int kWarps = 32 / ROWS;
 
 struct Linear {
@@ -18,8 +19,12 @@ struct Linear {
     const int* wanted;   // kStore: which tokens of x, or null for all
     float* y;            // (T, width): kStore writes, kAdd adds
     int64_t width;
+    uint64_t* to[kMostPeers];  // kSend: this process's (T, width) words, at each process
+    const uint32_t* epoch;     // kSend: the number of the sum
     int n_parts;
     int tokens;
+    int peers;
+    int unused;
 };
 
 struct Raw {  // a unit as it is read
@@ -263,6 +268,9 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, RESIDENT) linear(co
             value = is_row ? value + a.y[token * a.width + row] : 0.0f;
             if (is_row) a.y[token * a.width + row] = value;
             if (a.gain != nullptr) store_normed(a.out, token, block, value, a.gain);
+        } else if constexpr (MODE == kSend) {
+            const uint32_t epoch = epoch_of(a.epoch);
+            for (int i = 0; i < a.peers && is_row; ++i) send_word(a.to[i] + token * a.width + row, value, epoch);
         } else {
             float up = y[1][t][lane] * factor;
             if (a.bias != nullptr && is_row) up += a.bias[end + row];

@@ -54,8 +54,28 @@ class Linear(Structure):
         ("wanted", c_void_p),
         ("y", c_void_p),
         ("width", c_int64),
+        ("to", c_void_p * 8),
+        ("epoch", c_void_p),
         ("n_parts", c_int32),
         ("tokens", c_int32),
+        ("peers", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class Gather(Structure):
+    """A sum over processes (gather.cu)."""
+
+    _fields_ = (
+        ("out", Acts),
+        ("from_", c_void_p),
+        ("h", c_void_p),
+        ("gain", c_void_p),
+        ("epoch", c_void_p),
+        ("next", c_void_p),
+        ("stride", c_int64),
+        ("peers", c_int32),
+        ("dim", c_int32),
     )
 
 

@@ -1,0 +1,27 @@
+// Numbers that kernels of several GPUs give each other.
+//
+// A word has a float32 and the number of the sum that it belongs to: whoever waits for the number
+// has the value, without fences and further signals. Words are written and read whole.
+#pragma once
+#include "common.cuh"
+
+constexpr int kMostPeers = 8;
+
+__device__ __forceinline__ void send_word(uint64_t* to, float value, uint32_t epoch) {
+    const uint64_t word = static_cast<uint64_t>(epoch) << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ float await_word(const uint64_t* from, uint32_t epoch) {
+    uint64_t word;
+    do asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    while (static_cast<uint32_t>(word >> 32) != epoch);
+    return __uint_as_float(static_cast<uint32_t>(word));
+}
+
+// Of this sum. The first cache may have an older one.
+__device__ __forceinline__ uint32_t epoch_of(const uint32_t* from) {
+    uint32_t epoch;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(from) : "memory");
+    return epoch;
+}
