@@ -10,9 +10,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+import psutil
 
 from llamachat import settings
 from llamachat.architecture import ModelConfig
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 FOLLOWER = "llamachat.loading.follower"
 MOST = 64  # processes
 POLL_S = 0.2
+STOPPED_S = 3  # so long may one of them be stopped, as by SIGSTOP, before all end
 
 
 def end(message: str) -> NoReturn:
@@ -93,16 +97,30 @@ def _started(rank: int, size: int, gpu: int | None, store: Path) -> subprocess.P
     )
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal stopped it, which no load of the machine does."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
+
+
 def _watch(
     others: Mapping[int, subprocess.Popen[bytes]], folder: Path, lost: Callable[[str], NoReturn]
 ) -> None:
+    polls = dict.fromkeys(others, 0)  # in which it was stopped, one after the other
     while all(it.poll() is None for it in others.values()):
+        polls = {rank: _is_stopped(it.pid) * (polls[rank] + 1) for rank, it in others.items()}
+        if max(polls.values()) * POLL_S > STOPPED_S:
+            break
         time.sleep(POLL_S)
     time.sleep(POLL_S)  # those that end because one did, leave with code 0
     ended = {rank: code for rank, it in others.items() if (code := it.poll()) is not None}
     for other in others.values():
         other.kill()
     shutil.rmtree(folder, ignore_errors=True)
-    rank, code = min(ended.items(), key=lambda it: (it[1] == 0, it[1]))
-    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-    lost(f"process {rank} of the {len(others) + 1} that run the model together ended {how}")
+    if ended:
+        rank, code = min(ended.items(), key=lambda it: (it[1] == 0, it[1]))
+        how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    else:
+        rank, how = max(polls, key=polls.__getitem__), f"was stopped for {STOPPED_S} s"
+    lost(f"process {rank} of the {len(others) + 1} that run the model together {how}")
