@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llamachat.cli.flags import Device, Force, Json, Text, Verbose, option
+from llamachat.cli.parallel import TensorParallel, ranks_of
 from llamachat.cli.served import ApiKeyFile, ServedBy, Timeouts
 
 
@@ -32,6 +33,7 @@ def bench(
         Text, option("--threads", "-t", metavar="N,...", help="[default: physical cores]")
     ] = None,
     device: Device = "auto",
+    tensor_parallel: TensorParallel = None,
     repetitions: Annotated[
         int, option("--repetitions", "-r", metavar="N", help="Of each test [5].")
     ] = 5,
@@ -72,14 +74,20 @@ def bench(
         depth=depth,
         repetitions=repetitions,
         device=device,
+        tensor_parallel=ranks_of(tensor_parallel, device),
     )
     notices, status = Notices(), Status()
     if (server := endpoint_of(flags, notices)) is not None:
         show_rows(map(asdict, measured(server, model, asked, notices, status.show)), form, status)
         return
     door = Door(notices, flags=("--quantize",), force=force)
+
+    def wanted_of(quantize: str) -> Wanted:
+        ranks = asked.tensor_parallel
+        return Wanted(asked.ctx_size, quantize, device, tensor_parallel=ranks)
+
     for setup in asked.setups:
-        door.prepare(setup.model, Wanted(asked.ctx_size, setup.quantize, device))
+        door.prepare(setup.model, wanted_of(setup.quantize))
     with left_at_once():
         from llamachat.measure.bench import measure
 

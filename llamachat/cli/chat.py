@@ -54,7 +54,6 @@ from llamachat.cli.flags import (
     SystemFile,
     Temperature,
     Template,
-    TensorParallel,
     Threads,
     TokenFile,
     TopK,
@@ -64,6 +63,7 @@ from llamachat.cli.flags import (
     option,
     run_of,
 )
+from llamachat.cli.parallel import TensorParallel, ranks_of
 from llamachat.cli.served import ApiKeyFile, ServedBy, Timeouts
 
 
@@ -161,7 +161,7 @@ def chat(
     from llamachat.terminal.failure import Notices
     from llamachat.terminal.output import collected
 
-    flags["tensor_parallel"] = ranks = _ranks(tensor_parallel, backend, device)
+    flags["tensor_parallel"] = ranks = ranks_of(tensor_parallel, device, backend)
     notices = Notices(quiet=quiet)
     asked = question.read(argument, prompt, file or [], notices, talks=interactive)
     if asked is None or interactive:
@@ -184,23 +184,3 @@ def chat(
         run = run_of(flags, notices)
         with collected(output):
             reply.answer(asked, run, json=json, stream=stream, extract=extract)
-
-
-def _ranks(asked: int | None, backend: str, device: str) -> int:
-    """How many processes share the model; one that torchrun started to follow does not come back.
-
-    Raises:
-        UsageError: torchrun started another number of them.
-    """
-    from llamachat import settings
-
-    launch = settings.launch()
-    if launch is None:
-        return asked or 1
-    from llamachat.loading.follower import follow_launch
-    from llamachat.loading.ranks import check_launch
-
-    check_launch(asked or launch.size)
-    if launch.rank:
-        follow_launch(launch, backend, device)
-    return launch.size

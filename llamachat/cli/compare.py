@@ -45,6 +45,7 @@ from llamachat.cli.flags import (
     option,
     run_of,
 )
+from llamachat.cli.parallel import TensorParallel, ranks_of
 from llamachat.cli.served import ApiKeyFile, ServedBy, Timeouts
 
 
@@ -70,6 +71,7 @@ def compare(
     quantize: Quantize = "auto",
     lora: Lora = None,
     kv_cache: KvCache = "auto",
+    tensor_parallel: TensorParallel = None,
     template: Template = None,
     repetition_penalty: RepetitionPenalty = None,
     frequency_penalty: FrequencyPenalty = None,
@@ -105,6 +107,7 @@ def compare(
     from llamachat.terminal.failure import Notices
     from llamachat.terminal.output import collected
 
+    flags["tensor_parallel"] = ranks_of(tensor_parallel, device, backend)
     notices = Notices(quiet=quiet)
     specs = [parse_spec(text) for text in with_ or DEFAULTS]
     asked = question.read(argument, prompt, file or [], notices)

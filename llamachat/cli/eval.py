@@ -21,6 +21,7 @@ from llamachat.cli.flags import (
     Verbose,
     option,
 )
+from llamachat.cli.parallel import TensorParallel, ranks_of
 
 # ruff: noqa: UP045  # Typer reads Optional on every Python that is supported
 
@@ -49,6 +50,7 @@ def evaluate(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    tensor_parallel: TensorParallel = None,
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -57,7 +59,7 @@ def evaluate(
     """Measure perplexity on a text as llama.cpp does; with --against the divergence, too.
 
     REF runs unpacked to float32 by the reference backend, with a float32 KV cache; where memory
-    has no room for that, in its file's own type, or bfloat16.
+    has no room for that, in its file's own type, or bfloat16. It runs in one process.
     """
     from llamachat.library import results
     from llamachat.library.fit import Wanted
@@ -79,12 +81,16 @@ def evaluate(
         backend=backend,
         dtype=dtype,
         threads=threads,
+        tensor_parallel=ranks_of(tensor_parallel, "auto", backend),
         required=tuple(map(requirement, require or ())),
     )
     notices, status = Notices(quiet=quiet), Status(quiet=quiet)
     document = question.document(text, notices)
     door = Door(notices, flags=("--ctx-size", "--quantize"), force=force)
-    wanted = Wanted(ctx_size, quantize, backend=backend, dtype=dtype, kv_cache=kv_cache)
+    wanted = Wanted(
+        ctx_size, quantize, backend=backend, dtype=dtype, kv_cache=kv_cache,
+        tensor_parallel=request.tensor_parallel,
+    )  # fmt: skip
     door.prepare(model, wanted)
     if request.reference is not None:
         door.prepare(request.reference, Wanted(ctx_size, "none", kv_cache="f32"))

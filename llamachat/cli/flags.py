@@ -198,10 +198,6 @@ Stream = Annotated[
     Optional[bool],  # noqa: UP045
     option("--stream/--no-stream", help="Text as it comes [default], or not."),
 ]
-TensorParallel = Annotated[
-    Number,
-    option("--tensor-parallel", metavar="N", minimum=1, help="Processes, or GPUs, to share it."),
-]
 
 # How the next token is chosen.
 Strategy = Annotated[

@@ -29,6 +29,7 @@ from llamachat.cli.flags import (
     option,
     run_of,
 )
+from llamachat.cli.parallel import TensorParallel, ranks_of
 
 # What `chat` is told, and here the clients say.
 UNSAID = {"system": None, "system_file": None, "stop": None, "stop_loops": 0, "color": "auto"}
@@ -65,6 +66,7 @@ def serve(
     quantize: Quantize = "auto",
     lora: Lora = None,
     kv_cache: KvCache = "auto",
+    tensor_parallel: TensorParallel = None,
     template: Template = None,
     force: Force = False,
     offline: Offline = False,
@@ -85,6 +87,7 @@ def serve(
         raise UsageError(
             f"serve needs {missing.name}", hint="pip install 'llamachat[serve]'"
         ) from missing
+    flags["tensor_parallel"] = ranks_of(tensor_parallel, device, backend)
     notices = Notices(quiet=quiet)
     key = question.token(api_key_file, notices)
     listening = address.bound(host, port)

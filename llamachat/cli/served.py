@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LOCAL = (  # parameters about a model in this process
     "threads", "device", "backend", "dtype", "quantize", "lora", "kv_cache", "template", "force",
-    "revision", "hf_token_file", "speculate", "stop_loops",
+    "tensor_parallel", "revision", "hf_token_file", "speculate", "stop_loops",
 )  # fmt: skip
 ServedBy = Annotated[
     Text,

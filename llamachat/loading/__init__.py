@@ -55,6 +55,7 @@ class Model:
         backend: what computes: "native", "cuda", "reference" or "bitsandbytes".
         quantize: the form in which weights are run: of their file ("q4_1"...), or the one that they
             were brought to; or "none".
+        ranks: processes that run it together.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Model:
     device: str
     backend: str
     quantize: str
+    ranks: int = 1
 
     @property
     def form(self) -> str:
@@ -201,6 +203,7 @@ def load(
         device=chosen.device,
         backend=chosen.name,
         quantize=plan.quantize,
+        ranks=plan.ranks,
     )
 
 

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import psutil
+
 from llamachat import settings
 from llamachat.errors import LlamachatError
 
@@ -28,15 +30,19 @@ if TYPE_CHECKING:
     from llamachat.kernels.peers import Peers
 
 POLL_S = 0.5
+ENDING_S = 10  # that the first process may take
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Follow the process that started this one."""
     rank, size, gpu, store = arguments
-    _end_with(os.getppid(), Path(store).parent)
+    first = psutil.Process(os.getppid())
+    _end_with(first.pid, Path(store).parent)
     try:
         _join(int(rank), int(size), None if gpu == "cpu" else int(gpu), store)
     finally:
+        with suppress(psutil.Error):  # as it ends, it writes to the store again
+            first.wait(ENDING_S)
         shutil.rmtree(Path(store).parent, ignore_errors=True)
     os._exit(0)
 

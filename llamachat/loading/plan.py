@@ -232,7 +232,7 @@ def _fitting_hint(plan: Plan, ctx_size: int) -> str:
     if ctx_size >= LEAST_CONTEXT:
         return f"--ctx-size {ctx_size} would fit"
     if ranks := next(_enough_ranks(plan), None):
-        return f"chat --tensor-parallel {ranks} would fit"
+        return f"--tensor-parallel {ranks} would fit"
     if plan.backend.is_packed and plan.quantize in ("none", "int8"):
         fits = _fitting(_quantized(plan, "int4")) >= LEAST_CONTEXT
         return "--quantize int4 would fit" if fits else "take a smaller model"

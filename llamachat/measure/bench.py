@@ -37,6 +37,7 @@ class Row:
         quantize: how they are run.
         backend: what computed it.
         threads: CPU threads.
+        tensor_parallel: processes that share the model; bytes are those of the first one's part.
         test: its name, such as "tg128@d2048".
         avg_ts: tokens a second, the mean of `samples_ts`.
         stddev_ts: their standard deviation (of a sample); 0 for a single one.
@@ -61,6 +62,7 @@ class Row:
     quantize: str
     backend: str
     threads: int
+    tensor_parallel: int
     test: str
     avg_ts: float
     stddev_ts: float
@@ -138,6 +140,7 @@ def _measured(
         quantize=setup.quantize,
         threads=setup.threads,
         device=plan.device,
+        tensor_parallel=plan.tensor_parallel,
         ctx_size=plan.ctx_size,
         force=force,
         notice=notice,
@@ -216,6 +219,7 @@ def _row(
         quantize=model.quantize,
         backend=model.backend,
         threads=model.threads,
+        tensor_parallel=model.ranks,
         test=test.name,
         avg_ts=average,
         stddev_ts=statistics.stdev(samples) if len(samples) > 1 else 0.0,

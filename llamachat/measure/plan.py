@@ -43,12 +43,13 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every load, on one device, the tests after each, and how often a test is repeated."""
+    """Every load, in one place, the tests after each, and how often a test is repeated."""
 
     setups: tuple[Setup, ...]
     tests: tuple[Workload, ...]
     repetitions: int
     device: str = "auto"
+    tensor_parallel: int = 1
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -71,6 +72,7 @@ def plan(
     depth: str = "0",
     repetitions: int = 5,
     device: str = "auto",
+    tensor_parallel: int = 1,
 ) -> Plan:
     """Every combination of values that are lists by commas, as on the command line.
 
@@ -92,7 +94,8 @@ def plan(
     )
     if not tests:
         raise UsageError("--n-prompt and --n-gen are both 0: there is nothing to measure")
-    return Plan(tuple(Setup(*values) for values in setups), tests, repetitions, device)
+    loads = tuple(Setup(*values) for values in setups)
+    return Plan(loads, tests, repetitions, device, tensor_parallel)
 
 
 def _values(flag: str, text: str) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class Request:
             unpacked to float32 in plain torch. None for no reference.
         ctx_size: tokens of a window.
         chunks: at most so many windows; None for all that the text has.
-        quantize: this and the next four as for `load`, of the model.
+        quantize: this and the next five as for `load`, of the model.
         required: of the result.
         force: load what is forecast not to fit in memory, too.
 
@@ -84,6 +84,7 @@ class Request:
     backend: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    tensor_parallel: int = 1
     required: tuple[Requirement, ...] = ()
     force: bool = False
 

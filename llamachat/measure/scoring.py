@@ -81,6 +81,7 @@ def _model(request: Request, notice: Notice) -> Model:
         dtype=request.dtype,
         ctx_size=request.ctx_size,
         threads=request.threads,
+        tensor_parallel=request.tensor_parallel,
         force=request.force,
         notice=notice,
     )
@@ -117,7 +118,7 @@ def _facts(model: Model) -> dict[str, Any]:
     """A model, and how it is run.
 
     Its size is that of the files that were read; bits per weight are of all weights as they are
-    multiplied, with scales and norms.
+    multiplied, with scales and norms; unknown where several processes have a part each.
     """
     files = open_checkpoint(model.path).files
     return {
@@ -129,8 +130,12 @@ def _facts(model: Model) -> dict[str, Any]:
         "dtype": model.dtype,
         "kv_cache": model.engine.kv_cache,
         "size_bytes": sum(file.stat().st_size for file in files),
-        "bits_per_weight": 8 * _weight_bytes(model) / model.config.n_params,
+        "bits_per_weight": _bits_per_weight(model),
     }
+
+
+def _bits_per_weight(model: Model) -> float | None:
+    return None if model.ranks > 1 else 8 * _weight_bytes(model) / model.config.n_params
 
 
 def _weight_bytes(model: Model) -> int:

@@ -79,10 +79,11 @@ def _windows(result: Result) -> str:
 
 
 def _described(ran: Result) -> str:
+    bits = ran["bits_per_weight"]
     return (
         f"{ran['model']}: {ran['quantize']}, {ran['backend']}, {ran['dtype']}, "
-        f"KV cache {ran['kv_cache']}, {ran['size_bytes'] / MB:,.1f} MB on disk, "
-        f"{ran['bits_per_weight']:.2f} bits per weight"
+        f"KV cache {ran['kv_cache']}, {ran['size_bytes'] / MB:,.1f} MB on disk"
+        + ("" if bits is None else f", {bits:.2f} bits per weight")
     )
 
 
