@@ -1,4 +1,4 @@
-"""The first of two processes that run models together: `python sharded_leader.py CASES RESULTS`."""
+"""The first process of several that share models: `python sharded_leader.py CASES RESULTS SIZE`."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def run(case: dict[str, Any], size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     cases = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    results = {name: run(case, 2) for name, case in cases.items()}
+    results = {name: run(case, int(sys.argv[3])) for name, case in cases.items()}
     Path(sys.argv[2]).write_text(json.dumps(results), "utf-8")

@@ -40,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "grouped heads": {"intermediate_size": 128},  # halves of blocks that are rounded together
     "one key head": {"num_key_value_heads": 1, "attention_bias": True},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4, "intermediate_size": 128},
+    "six heads": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1},
 }
 CASES: dict[str, dict[str, str]] = {
     "reference": {"shape": "grouped heads", "backend": "reference", **FLOATS},
@@ -47,7 +48,11 @@ CASES: dict[str, dict[str, str]] = {
     "tied": {"shape": "tied", "backend": "native", **FLOATS},
     "int8": {"shape": "grouped heads", "backend": "native", "quantize": "int8", "dtype": "auto"},
     "int4": {"shape": "tied", "backend": "native", "quantize": "int4", "dtype": "auto"},
-}
+    "bfloat16": {
+        "shape": "grouped heads", "backend": "native", "quantize": "none", "dtype": "bfloat16",
+    },
+    "three": {"shape": "six heads", "backend": "native", "ranks": "3", **FLOATS},
+}  # fmt: skip
 
 
 def _is_native_missing() -> bool:
@@ -86,25 +91,28 @@ def cases(folders: dict[str, Path]) -> dict[str, dict[str, str]]:
 def together(
     cases: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What two processes answer to all cases, one after the other."""
-    home = tmp_path_factory.mktemp("together")
-    asked, answered = home / "cases.json", home / "results.json"
-    asked.write_text(json.dumps(cases), "utf-8")
-    done = subprocess.run(
-        [sys.executable, LEADER, asked, answered],
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    results: dict[str, Any] = json.loads(answered.read_text("utf-8"))
+    """What several processes answer to all cases, one after the other."""
+    results: dict[str, Any] = {}
+    for size in sorted({case.get("ranks", "2") for case in cases.values()}):
+        home = tmp_path_factory.mktemp("together")
+        asked, answered = home / "cases.json", home / "results.json"
+        theirs = {name: it for name, it in cases.items() if it.get("ranks", "2") == size}
+        asked.write_text(json.dumps(theirs), "utf-8")
+        done = subprocess.run(
+            [sys.executable, LEADER, asked, answered, size],
+            env=environment(home),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        results |= json.loads(answered.read_text("utf-8"))
     return results
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_two_processes_answer_as_one(
+def test_processes_answer_together_as_one(
     together: dict[str, Any], cases: dict[str, dict[str, str]], name: str
 ) -> None:
     alone = run(cases[name], 1)
@@ -113,8 +121,8 @@ def test_two_processes_answer_as_one(
     assert together[name]["replies"] == alone["replies"]
 
 
-@pytest.mark.parametrize("name", [it for it in NATIVE if CASES[it.values[0]]["dtype"] != "auto"])
-def test_two_processes_give_the_logits_of_transformers(
+@pytest.mark.parametrize("name", [it for it in NATIVE if CASES[it.values[0]]["dtype"] == "float32"])
+def test_processes_give_the_logits_of_transformers_together(
     together: dict[str, Any], cases: dict[str, dict[str, str]], name: str
 ) -> None:
     from transformers import LlamaForCausalLM

@@ -124,7 +124,7 @@ def together(
     asked, answered = home / "cases.json", home / "results.json"
     asked.write_text(json.dumps(cases), "utf-8")
     done = subprocess.run(
-        [sys.executable, LEADER, asked, answered],
+        [sys.executable, LEADER, asked, answered, "2"],
         env=environment(home),
         capture_output=True,
         text=True,
