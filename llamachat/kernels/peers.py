@@ -139,7 +139,7 @@ class Peers:
         if addresses[self.rank] != tensor.data_ptr() or len(addresses) != self.size:
             raise RuntimeError("the memory is not where it is said to be")
         tensor.zero_()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return Symmetric(tensor, addresses, self.rank, mapping)
 
     def _agree(self, is_so: bool) -> bool:
