@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llamachat import settings
 from llamachat.errors import LlamachatError, UsageError
@@ -28,7 +29,9 @@ from llamachat.kernels import Batch
 PATIENCE = timedelta(days=3650)  # of who waits for the next message: users think
 LONGEST_PASS = timedelta(minutes=10)  # of who waits for a sum
 ENDING_S = 5  # that a watcher of the processes has to end this one
-HEADER = 8
+HEADER = 9  # numbers: of the data, the kind, and of a pass seven more
+FRAME = 512  # numbers that travel at once: a token's batch, the header before it
+WORD = 4  # bytes of a number
 JSON, PASS = range(2)  # kinds of messages
 LEAST_TABLE = 256  # entries of a table that travel
 
@@ -151,8 +154,9 @@ class Peers:
 
     def tell(self, message: Mapping[str, Any], *, source: int = 0) -> None:
         """Send a message to all the others."""
-        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        self._send([JSON, len(data)], data, source)
+        text = json.dumps(message).encode()
+        words = bytearray(text.ljust(-(-len(text) // WORD) * WORD))
+        self._send([JSON], torch.frombuffer(words, dtype=torch.int32), source)
 
     def tell_pass(self, model: int, cache: int, batch: Batch) -> None:
         """Let the others run a batch, too."""
@@ -167,32 +171,28 @@ class Peers:
     def hear(self, source: int = 0) -> Mapping[str, Any] | tuple[int, int, Batch]:
         """The next message; or a model, a cache, and the batch to run."""
         with self._together():
-            header = torch.empty(HEADER, dtype=torch.int64)
-            dist.broadcast(header, source)
-            kind, *sizes = header.tolist()
-            if kind == JSON:
-                text = torch.empty(sizes[0], dtype=torch.uint8)
-                dist.broadcast(text, source)
-                message: Mapping[str, Any] = json.loads(text.numpy().tobytes())
-                return message
-            return self._hear_pass(*sizes)
-
-    def _hear_pass(
-        self, tokens: int, wanted: int, rows: int, entries: int, n: int, model: int, cache: int
-    ) -> tuple[int, int, Batch]:
-        sizes = [*[tokens] * 5, wanted, rows * n]
-        data = torch.empty(sum(sizes), dtype=torch.int32)
-        dist.broadcast(data, 0)
-        ids, row, slot, seen, position, wanted_ids, known = torch.split(data, sizes)
-        table = torch.zeros((rows, entries), dtype=torch.int32)
-        table[:, :n] = known.view(rows, n)
-        return model, cache, Batch(ids, row, slot, seen, position, table, wanted_ids)
+            frame = torch.empty(FRAME, dtype=torch.int32)
+            dist.broadcast(frame, source)
+            n_data, kind, *sizes = frame[:HEADER].tolist()
+            data = frame[HEADER : HEADER + n_data]
+            if n_data > len(data):
+                rest = torch.empty(n_data - len(data), dtype=torch.int32)
+                dist.broadcast(rest, source)
+                data = torch.cat([data, rest])
+        if kind == PASS:
+            return _pass_of(data, *sizes)
+        message: Mapping[str, Any] = json.loads(data.numpy().tobytes())
+        return message
 
     def _send(self, header: list[int], data: Tensor, source: int) -> None:
+        numbers = [len(data), *header]
+        numbers += [0] * (HEADER - len(numbers))
+        whole = torch.cat([torch.tensor(numbers, dtype=torch.int32), data])
+        frame = pad(whole[:FRAME], (0, max(0, FRAME - len(whole))))
         with self._together():
-            padded = header + [0] * (HEADER - len(header))
-            dist.broadcast(torch.tensor(padded, dtype=torch.int64), source)
-            dist.broadcast(data, source)
+            dist.broadcast(frame, source)
+            if len(whole) > FRAME:
+                dist.broadcast(whole[FRAME:], source)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -228,3 +228,14 @@ class Peers:
                 signal.signal(signal.SIGINT, previous)
         if came and callable(previous):
             previous(*came[-1])
+
+
+def _pass_of(
+    data: Tensor, tokens: int, wanted: int, rows: int, entries: int, n: int, model: int, cache: int
+) -> tuple[int, int, Batch]:
+    """What `Peers.tell_pass` told."""
+    sizes = [*[tokens] * 5, wanted, rows * n]
+    ids, row, slot, seen, position, wanted_ids, known = torch.split(data, sizes)
+    table = torch.zeros((rows, entries), dtype=torch.int32)
+    table[:, :n] = known.view(rows, n)
+    return model, cache, Batch(ids, row, slot, seen, position, table, wanted_ids)
