@@ -75,6 +75,7 @@ def test_products_of_several_processes_are_added_and_coded(
     weights = [random(dim, 96, seed=10 + i) for i in range(size)]
     packed = [it.pack([weight]) for it, weight in zip(processes, weights, strict=True)]
     following = random(40, dim, seed=2)
+    afters = [it.pack([following]) for it in processes]
     streams = [random(tokens, dim, seed=3) for _ in processes]
     inputs = [random(tokens, 96, seed=20 + i) for i in range(size)]
 
@@ -88,8 +89,8 @@ def test_products_of_several_processes_are_added_and_coded(
                 assert kernels._exchange is not None
                 kernels._exchange.gather(h, outs[-1].struct, norm.weight)
         return [
-            kernels._product(out, kernels.pack([following]))
-            for kernels, out in zip(processes, outs, strict=True)
+            kernels._product(out, after)
+            for kernels, out, after in zip(processes, outs, afters, strict=True)
         ]
 
     expected = streams[0].double()
@@ -105,8 +106,8 @@ def test_products_of_several_processes_are_added_and_coded(
         assert torch.equal(h, streams[0])
         assert (h - expected).abs().max() < 1e-5 * expected.abs().max()
         normed = h.double() * (h.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-        after = normed * norm.weight @ following.double().T
-        assert (product - after).abs().max() < 1e-4 * after.abs().max()
+        exact = normed * norm.weight @ following.double().T
+        assert (product - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
 @pytest.fixture(scope="module")
