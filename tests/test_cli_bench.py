@@ -24,7 +24,8 @@ Command = Callable[..., "tuple[int, str, str]"]
 SMALL = ("-p", "8", "-n", "2", "-r", "2", "-t", "1")
 ROW: dict[str, Any] = {
     "model": "some/where/m.gguf", "form": "Q4_0", "quantize": "auto", "backend": "native",
-    "threads": 2, "test": "tg5", "avg_ts": 12.345, "stddev_ts": 0.5, "samples_ts": (12.0, 12.69),
+    "threads": 2, "tensor_parallel": 1, "test": "tg5",
+    "avg_ts": 12.345, "stddev_ts": 0.5, "samples_ts": (12.0, 12.69),
     "bytes_per_token": 2_000_000_000, "gb_per_s": 24.69, "bandwidth_gb_per_s": 30.0,
     "bandwidth_share": 0.823, "load_s": 1.5, "ttft_s": 0.125, "peak_bytes": 2**31,
     "device": "cpu", "cpu": "a CPU", "gpu": None,
