@@ -24,7 +24,8 @@ from llamachat.engine.events import Token
 from llamachat.engine.strategies import Greedy, Sample
 from llamachat.errors import DamagedFileError, UsageError
 from llamachat.kernels import Batch, CacheShape, Kernels, Norm
-from llamachat.kernels.cuda import FEW, Cuda
+from llamachat.kernels.cuda import Cuda
+from llamachat.kernels.cuda.products import FEW
 from llamachat.kernels.reference import Reference
 from llamachat.model.decoder import Decoder, load_decoder
 from llamachat.quant.form import Form

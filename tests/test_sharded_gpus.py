@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from sharded_leader import run
 from torch import Tensor
 
 from llamachat.kernels import Norm
-from llamachat.kernels.cuda import FEW, SEND, Cuda
+from llamachat.kernels.cuda import Cuda
+from llamachat.kernels.cuda.products import FEW, SEND
 from llamachat.kernels.peers import Symmetric
 
 pytestmark = [
@@ -82,10 +84,11 @@ def test_products_of_several_processes_are_added_and_coded(
     def two_sums() -> list[Tensor]:
         for _ in range(2):
             for kernels, x, weight in zip(processes, inputs, packed, strict=True):
-                kernels._multiply(kernels._coded(x), weight, SEND, None)
+                send = partial(kernels._products.multiply, exchange=kernels._exchange)
+                send(kernels._coded(x), weight, SEND, None)
             outs = []
             for kernels, h in zip(processes, streams, strict=True):
-                outs.append(kernels._acts(tokens, dim, norm))
+                outs.append(kernels._products.acts(tokens, dim, norm))
                 assert kernels._exchange is not None
                 kernels._exchange.gather(h, outs[-1].struct, norm.weight)
         return [

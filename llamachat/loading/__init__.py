@@ -173,8 +173,7 @@ def load(
         LlamachatError: see `llamachat.errors`; each has an exit code and a hint.
     """
     Wanted(ctx_size, quantize, device, backend, dtype, kv_cache)  # refuses what is not known
-    chosen = _backend(backend, device, notice)
-    name = str(name or settings.default_model())
+    chosen, name = _backend(backend, device, notice), str(name or settings.default_model())
     located = resolve(
         name, revision=revision, token=token, offline=offline, notice=notice, progress=progress
     )

@@ -82,7 +82,8 @@ def compile_kernels(engine: Engine, notice: Callable[[str], None]) -> None:
     import torch
 
     torch.cuda.empty_cache()
-    from llamachat.kernels.cuda import FEW, TILES, Cuda
+    from llamachat.kernels.cuda import Cuda
+    from llamachat.kernels.cuda.products import FEW, TILES
     from llamachat.kernels.sharded import Sharded
 
     backend = kernels.backend if isinstance(kernels, Sharded) else kernels

@@ -106,7 +106,7 @@ def _backend() -> dict[str, Any]:
 
 def _kernel_table() -> str:
     """Where the sizes of CUDA kernels come from."""
-    from llamachat.kernels.cuda import TUNED_ON
+    from llamachat.kernels.cuda.products import TUNED_ON
 
     return f"shipped, measured on an {TUNED_ON}"
 

@@ -20,32 +20,22 @@ from torch import Tensor
 from llamachat.errors import UsageError, WillNotFitError
 from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Norm, Weight, reference
 from llamachat.kernels.cuda import structures
-from llamachat.kernels.cuda.attention import Asked, Attention, pointer
+from llamachat.kernels.cuda.attention import Asked, Attention
 from llamachat.kernels.cuda.compiler import Compiler
 from llamachat.kernels.cuda.exchange import MOST, Exchange
 from llamachat.kernels.cuda.passes import Pass, Queue, Shape, moved
+from llamachat.kernels.cuda.products import ADD, FEW, SEND, STORE, SWIGLU, Coded, Products
 from llamachat.kernels.cuda.prompts import Prompts
 from llamachat.kernels.cuda.quantize import quantize
 from llamachat.kernels.cuda.staging import Stage
-from llamachat.kernels.cuda.weights import BLOCK, Packed, pack
+from llamachat.kernels.cuda.weights import Packed, pack
 from llamachat.kernels.peers import Peers
 from llamachat.quant.form import BITSANDBYTES, Form
 from llamachat.quant.tensor import QTensor
 
 __all__ = ["Cuda"]
 
-FEW = 16  # tokens that a weight is read packed for
 THREADS = 128
-TUNED_ON = "NVIDIA H100 80GB HBM3"
-STORE, ADD, SWIGLU, SEND = range(4)
-# Of products by mode and tokens: rows of a warp, units of each on their way, and blocks that a
-# processor shall have room for. Measured on `TUNED_ON` with shapes of a 7B model.
-TILES = {
-    STORE: {1: (4, 1, 3), 2: (4, 1, 2), 4: (2, 1, 2), 8: (4, 1, 2)},
-    ADD: {1: (2, 2, 1), 2: (1, 1, 1), 4: (2, 1, 1), 8: (4, 1, 1)},
-    SWIGLU: {1: (4, 1, 3), 2: (4, 1, 2), 4: (8, 1, 3), 8: (4, 1, 2)},
-}
-TILES[SEND] = TILES[ADD]
 LARGEST_HEAD = 256  # elements
 
 
@@ -54,15 +44,6 @@ class Slots(reference.Cache):
     """Keys and values, and the passes over them by shape."""
 
     passes: dict[Shape, Pass] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Coded:
-    """Activations of a few tokens, at 8 bits and as they are; `struct` points into `memory`."""
-
-    struct: structures.Acts
-    memory: Tensor
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +77,7 @@ class Cuda(reference.Reference):
         super().__init__(device, dtype)
         self._compiler = Compiler(self.device)
         self._prompts = Prompts(self._compiler, self.device)
+        self._products = Products(self._compiler, self.device)
         self._stage = Stage(self.device)
         self._attention = Attention(self._compiler, self.device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -246,7 +228,7 @@ class Cuda(reference.Reference):
             if cache.keys.dtype != torch.bfloat16:
                 return super().attention(qkv, angles, batch, cache, layer)
             return self._attended(self._attention.turned(asked), cache, layer).flatten(1)
-        out = self._acts(asked.tokens, asked.heads * cache.shape.head_dim)
+        out = self._products.acts(asked.tokens, asked.heads * cache.shape.head_dim)
         self._attention.attend(asked, out.struct)
         return out
 
@@ -260,7 +242,7 @@ class Cuda(reference.Reference):
             assert self._sum is None
             self._sum = _Sum(act, weight, h)
         else:
-            self._multiply(act, weight, ADD, h)
+            self._products.multiply(act, weight, ADD, h)
 
     def norm_swiglu(self, h: Tensor, norm: Norm, weight: Weight) -> Act:
         """(T, D) -> (T, F)."""
@@ -295,110 +277,37 @@ class Cuda(reference.Reference):
 
     def _normed(self, h: Tensor, norm: Norm) -> Coded:
         """Codes of h times the norm's weight; a sum that waits for them is added first."""
-        out = self._acts(h.shape[0], h.shape[1], norm)
+        out = self._products.acts(h.shape[0], h.shape[1], norm)
         if self._sum is not None:
             assert self._sum.h is h
             self._added(out, norm.weight)
             return out
-        return self._code(h, out, norm.weight)
+        return self._products.code(h, out, norm.weight)
 
     def _added(self, out: Coded | None, gain: Tensor | None) -> None:
         """The sum that waits; `out` becomes the codes of h times `gain`."""
         assert self._sum is not None
         waiting, self._sum = self._sum, None
+        multiply = self._products.multiply
         if self._exchange is None:
-            self._multiply(waiting.x, waiting.weight, ADD, waiting.h, out=out, gain=gain)
+            multiply(waiting.x, waiting.weight, ADD, waiting.h, out=out, gain=gain)
             return
-        self._multiply(waiting.x, waiting.weight, SEND, None)
+        multiply(waiting.x, waiting.weight, SEND, None, exchange=self._exchange)
         self._exchange.gather(waiting.h, None if out is None else out.struct, gain)
 
     def _coded(self, x: Tensor) -> Coded:
-        return self._code(x, self._acts(x.shape[0], x.shape[1]), None)
-
-    def _code(self, x: Tensor, out: Coded, gain: Tensor | None) -> Coded:
-        args = structures.Code(out.struct, x.data_ptr(), pointer(gain))
-        kernel = self._compiler.kernel("stream.cu", "code", WEIGHTS=0)
-        kernel((_ceil(out.struct.blocks, THREADS // 32), len(x)), THREADS, args)
-        return out
+        return self._products.code(x, self._products.acts(x.shape[0], x.shape[1]), None)
 
     def _gated(self, x: Coded, weight: Packed) -> Coded:
-        out = self._acts(x.tokens, weight.parts[0].shape[0])
-        self._multiply(x, weight, SWIGLU, None, out=out)
+        out = self._products.acts(x.tokens, weight.parts[0].shape[0])
+        self._products.multiply(x, weight, SWIGLU, None, out=out)
         return out
 
     def _product(self, x: Coded, weight: Packed, wanted: Tensor | None = None) -> Tensor:
         tokens = x.tokens if wanted is None else len(wanted)
         out = self._floats(tokens, weight.shape[0])
-        self._multiply(x, weight, STORE, out, wanted=wanted)
+        self._products.multiply(x, weight, STORE, out, wanted=wanted)
         return out
-
-    def _multiply(
-        self,
-        x: Coded,
-        weight: Packed,
-        mode: int,
-        y: Tensor | None,
-        *,
-        out: Coded | None = None,
-        gain: Tensor | None = None,
-        wanted: Tensor | None = None,
-    ) -> None:
-        """One product; `out` is what becomes of it at 8 bits, `y` where it is stored or added."""
-        tokens = x.tokens if wanted is None else len(wanted)
-        tiles = TILES[mode]
-        tile = next(t for t in tiles if t >= min(tokens, max(tiles)))
-        rows, depth, resident = tiles[tile]
-        forms = " ".join(f"X({form})" for form in sorted({part.form for part in weight.parts}))
-        kernel = self._compiler.kernel(
-            "linear.cu",
-            "linear",
-            FORMS=forms,
-            MODE=mode,
-            TOKENS=tile,
-            ROWS=rows,
-            DEPTH=depth,
-            RESIDENT=resident,
-        )
-        args = structures.Linear(
-            x=x.struct,
-            bias=pointer(weight.bias),
-            gain=pointer(gain),
-            wanted=pointer(wanted),
-            y=pointer(y),
-            width=weight.shape[0],
-            n_parts=len(weight.parts),
-            tokens=tokens,
-        )
-        for i, part in enumerate(weight.parts):
-            args.parts[i] = part.struct
-        if out is not None:
-            args.out = out.struct
-        if mode == SEND:
-            assert self._exchange is not None
-            self._exchange.address(args)
-        several = weight.parts[:1] if mode == SWIGLU else weight.parts
-        blocks = sum(_ceil(part.shape[0], BLOCK) for part in several)
-        kernel((blocks, _ceil(tokens, tile)), BLOCK // rows * 32, args)
-
-    def _acts(self, tokens: int, dim: int, norm: Norm | None = None) -> Coded:
-        blocks = _ceil(dim, BLOCK)
-        n = tokens * blocks
-        memory = torch.empty(n * (32 + 4 + 4 + 4 * 32 + 4), dtype=torch.uint8, device=self.device)
-        codes = memory.data_ptr()
-        values = codes + 32 * n
-        scales = values + 128 * n
-        sums, squares = scales + 4 * n, scales + 8 * n
-        struct = structures.Acts(
-            codes=codes,
-            scales=scales,
-            sums=sums,
-            values=values,
-            squares=None if norm is None else squares,
-            blocks=blocks,
-            dim=dim,
-            eps=0.0 if norm is None else norm.eps,
-        )
-        return Coded(struct, memory, tokens)
 
     def _floats(self, n: int, width: int) -> Tensor:
         return torch.empty((n, width), dtype=torch.float32, device=self.device)

@@ -1,0 +1,123 @@
+"""Products of a few tokens: activations at 8 bits, how products are tiled, what becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamachat.kernels import Norm
+from llamachat.kernels.cuda import structures
+from llamachat.kernels.cuda.attention import pointer
+from llamachat.kernels.cuda.compiler import Compiler
+from llamachat.kernels.cuda.exchange import Exchange
+from llamachat.kernels.cuda.weights import BLOCK, Packed
+
+FEW = 16  # tokens that a weight is read packed for
+THREADS = 128
+TUNED_ON = "NVIDIA H100 80GB HBM3"
+STORE, ADD, SWIGLU, SEND = range(4)
+# By mode and tokens: rows of a warp, units of each on their way, and blocks that a processor shall
+# have room for. Measured on `TUNED_ON` with shapes of a 7B model.
+TILES = {
+    STORE: {1: (4, 1, 3), 2: (4, 1, 2), 4: (2, 1, 2), 8: (4, 1, 2)},
+    ADD: {1: (2, 2, 1), 2: (1, 1, 1), 4: (2, 1, 1), 8: (4, 1, 1)},
+    SWIGLU: {1: (4, 1, 3), 2: (4, 1, 2), 4: (8, 1, 3), 8: (4, 1, 2)},
+}
+TILES[SEND] = TILES[ADD]
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Activations of a few tokens, at 8 bits and as they are; `struct` points into `memory`."""
+
+    struct: structures.Acts
+    memory: Tensor
+    tokens: int
+
+
+class Products:
+    """The kernels on one GPU."""
+
+    def __init__(self, compiler: Compiler, device: torch.device) -> None:
+        self._compiler, self._device = compiler, device
+
+    def acts(self, tokens: int, dim: int, norm: Norm | None = None) -> Coded:
+        """Memory for activations (T, D), whose norm is still to be divided by if there is one."""
+        blocks = -(-dim // BLOCK)
+        n = tokens * blocks
+        memory = torch.empty(n * (32 + 4 + 4 + 4 * 32 + 4), dtype=torch.uint8, device=self._device)
+        codes = memory.data_ptr()
+        values = codes + 32 * n
+        scales = values + 128 * n
+        sums, squares = scales + 4 * n, scales + 8 * n
+        struct = structures.Acts(
+            codes=codes,
+            scales=scales,
+            sums=sums,
+            values=values,
+            squares=None if norm is None else squares,
+            blocks=blocks,
+            dim=dim,
+            eps=0.0 if norm is None else norm.eps,
+        )
+        return Coded(struct, memory, tokens)
+
+    def code(self, x: Tensor, out: Coded, gain: Tensor | None) -> Coded:
+        """Codes of x (T, D) times `gain`, in `out`."""
+        args = structures.Code(out.struct, x.data_ptr(), pointer(gain))
+        kernel = self._compiler.kernel("stream.cu", "code", WEIGHTS=0)
+        kernel((-(-out.struct.blocks // (THREADS // 32)), len(x)), THREADS, args)
+        return out
+
+    def multiply(
+        self,
+        x: Coded,
+        weight: Packed,
+        mode: int,
+        y: Tensor | None,
+        *,
+        out: Coded | None = None,
+        gain: Tensor | None = None,
+        wanted: Tensor | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        """One product; `out` is what becomes of it at 8 bits, `y` where it is stored or added.
+
+        With `SEND` it goes to the processes of `exchange`.
+        """
+        tokens = x.tokens if wanted is None else len(wanted)
+        tiles = TILES[mode]
+        tile = next(t for t in tiles if t >= min(tokens, max(tiles)))
+        rows, depth, resident = tiles[tile]
+        forms = " ".join(f"X({form})" for form in sorted({part.form for part in weight.parts}))
+        kernel = self._compiler.kernel(
+            "linear.cu",
+            "linear",
+            FORMS=forms,
+            MODE=mode,
+            TOKENS=tile,
+            ROWS=rows,
+            DEPTH=depth,
+            RESIDENT=resident,
+        )
+        args = structures.Linear(
+            x=x.struct,
+            bias=pointer(weight.bias),
+            gain=pointer(gain),
+            wanted=pointer(wanted),
+            y=pointer(y),
+            width=weight.shape[0],
+            n_parts=len(weight.parts),
+            tokens=tokens,
+        )
+        for i, part in enumerate(weight.parts):
+            args.parts[i] = part.struct
+        if out is not None:
+            args.out = out.struct
+        if exchange is not None:
+            exchange.address(args)
+        several = weight.parts[:1] if mode == SWIGLU else weight.parts
+        blocks = sum(-(-part.shape[0] // BLOCK) for part in several)
+        kernel((blocks, -(-tokens // tile)), BLOCK // rows * 32, args)
