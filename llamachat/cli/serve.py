@@ -90,7 +90,7 @@ def serve(
     flags["tensor_parallel"] = ranks_of(tensor_parallel, device, backend)
     notices = Notices(quiet=quiet)
     key = question.token(api_key_file, notices)
-    listening = address.bound(host, port)
+    listening = context.with_resource(address.bound(host, port))
     if key is None and not address.is_loopback(listening):
         notices("other machines may reach this and no key is asked for: --api-key-file")
     from llamachat.loading import Model
