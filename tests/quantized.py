@@ -128,20 +128,25 @@ def gamma(n: int) -> float:
     return n * 2**-24 / (1 - n * 2**-24)
 
 
-def random_quantized_decoder(kernels: Kernels, forms: Sequence[str]) -> Decoder:
-    """A small decoder with a tied table; the forms ("float" for none) take turns over matrices."""
-    config = ModelConfig(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=80,
-        norm_eps=1e-5, rope_theta=1e4, max_seq_len=512, tied=True,
-    )  # fmt: skip
+SMALL = ModelConfig(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=80,
+    norm_eps=1e-5, rope_theta=1e4, max_seq_len=512, tied=True,
+)  # fmt: skip
+
+
+def random_quantized_decoder(
+    kernels: Kernels, forms: Sequence[str], config: ModelConfig = SMALL
+) -> Decoder:
+    """A decoder whose matrices take turns over the forms ("float", "bfloat16": not quantized)."""
     generator = torch.Generator().manual_seed(1)
     tensors: list[tuple[str, Tensor | QTensor]] = []
     for i, weight in enumerate(iter_weights(config)):
         form = forms[i % len(forms)]
         if len(weight.shape) == 1:
             tensor: Tensor | QTensor = torch.rand(weight.shape, generator=generator) + 0.5
-        elif form == "float":
-            tensor = torch.randn(weight.shape, generator=generator) * 0.2
+        elif form in ("float", "bfloat16"):
+            values = torch.randn(weight.shape, generator=generator) * 0.2
+            tensor = values.bfloat16() if form == "bfloat16" else values
         else:
             out, columns = weight.shape
             tensor = random_qtensor(form, (out, columns), 32, seed=i, largest=0.5)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from acts import values_of
 from quantized import FORMS, random_qtensor, random_quantized_decoder
 from rows import Rows, alone
 from torch import Tensor
@@ -178,23 +179,13 @@ def test_attention_over_scattered_slots_is_the_reference_s(
             slot = order[start : start + n].contiguous()
             batch = Batch(zeros, zeros, slot, seen, seen - 1, order.view(1, -1), zeros[:1])
             out = k.run(
-                lambda b, q=qkv, t=turns, k=k, held=held: values(
+                lambda b, q=qkv, t=turns, k=k, held=held: values_of(
                     k.attention(q, (t.cos(), t.sin()), b, held, 1)
                 ),
                 batch,
             )
         found.append(out.float().cpu())
     assert off(*found) < {"f32": 1e-5, "bf16": 6e-3, "int8": 2e-2}[form]
-
-
-def values(act: object) -> Tensor:
-    """What an act stands for, before it was brought to 8 bits."""
-    if isinstance(act, Tensor):
-        return act
-    struct, memory, tokens = act.struct, act.memory, act.tokens  # type: ignore[attr-defined]
-    n = tokens * struct.blocks
-    floats = memory[32 * n : 160 * n].view(torch.float32).view(tokens, -1)
-    return floats[:, : struct.dim].clone()
 
 
 def float_decoder(k: Kernels) -> Decoder:

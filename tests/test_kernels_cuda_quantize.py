@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from emulated import COMPILER, Compiler
 from torch import Tensor
 
-from llamachat.kernels.cuda.compiler import SOURCES
 from llamachat.kernels.cuda.quantize import quantize
 from llamachat.quant.form import Form
 from llamachat.quant.quantize import quantize as expected_of
 from llamachat.quant.tensor import QTensor
 
-STAND_IN = Path(__file__).parent / "cuda_on_cpu"
-LAUNCH = """
-extern "C" void launch(const void* args, unsigned blocks, unsigned threads) {
-    run(KERNEL, args, blocks, threads);
-}
-"""
 FORMS = [Form("int8"), Form("int4"), Form("int8", 256), Form("int8", 192), Form("int4", 16)]
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("c++"), reason="needs a C++ compiler on Linux"
-)
-
-
-class Compiler:
-    """Kernels for the CPU."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.kernel: Callable[..., Any] = cache(self._kernel)
-
-    def _kernel(self, source: str, name: str, **defines: object) -> Callable[..., None]:
-        library = self._folder / f"{len([*self._folder.iterdir()])}.so"
-        flags = [f"-D{macro}={value}" for macro, value in {**defines, "KERNEL": name}.items()]
-        command = ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{STAND_IN}", *flags]
-        text = (SOURCES / source).read_text() + LAUNCH
-        subprocess.run(
-            [*command, "-x", "c++", "-", "-o", str(library)], input=text, text=True, check=True
-        )
-        launch = ctypes.CDLL(str(library)).launch
-        return lambda grid, threads, args: launch(ctypes.byref(args), *grid, threads)
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler on Linux")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 """Speed of the CUDA backend on a random model of a real shape, which is made on the GPU.
 
-    python tools/measure_cuda.py [--form int4] [--shape 7b|8b] [--layers 32]
+    python tools/measure_cuda.py [--form int4] [--shape 7b|8b] [--layers 32] [--step | --sweep]
 
 Prints tokens a second by depth, of a prompt of 512 and of passes of several tokens, and what each
 kernel takes, measured alone in a CUDA graph over all layers, beside the bandwidth of the GPU.
+`--step` runs passes of up to 8 tokens as one kernel, and `--sweep` compares ways to compile it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -26,6 +28,7 @@ from llamachat.engine.events import Token
 from llamachat.engine.strategies import Greedy, Sample
 from llamachat.kernels import Batch, Norm
 from llamachat.kernels.cuda import Cuda
+from llamachat.kernels.cuda.step import SHARED_BYTES, TUNED, Tuning
 from llamachat.model.decoder import Decoder, load_decoder
 from llamachat.quant.form import CODEBOOK, SHIFTS, Form
 from llamachat.quant.tensor import QTensor
@@ -35,6 +38,7 @@ SHAPES = {  # dim, heads, kv heads, hidden_dim, vocab_size
     "8b": (4096, 32, 8, 14336, 128256),
 }
 STEPS = 64
+PASSES = (1, 2, 4, 8)  # tokens of those that a step is compiled for
 
 
 def config_of(shape: str, layers: int) -> ModelConfig:
@@ -102,16 +106,32 @@ def pass_seconds(decoder: Decoder, tokens: int, depth: int, times: int = 20) -> 
     return statistics.median(taken[3:])
 
 
-def replay_seconds(decoder: Decoder, depth: int, form: str) -> float:
-    """Seconds on the GPU of one recorded step at this depth, the host left out."""
+def replay_seconds(decoder: Decoder, depth: int, form: str, tokens: int = 1) -> float:
+    """Seconds on the GPU of one recorded pass at this depth, the host left out."""
     cache = decoder.new_cache(4096, form)
-    zero = torch.zeros(1, dtype=torch.int32)
+    at = torch.arange(tokens, dtype=torch.int32) + depth
     table = torch.arange(4096, dtype=torch.int32).view(1, -1)
-    batch = Batch(zero, zero, zero + depth, zero + depth + 1, zero + depth, table, zero)
+    batch = Batch(at * 0, at * 0, at, at + 1, at, table, at[:1] * 0)
     for _ in range(2):
         decoder(batch, cache)
     (recorded,) = cache.passes.values()
     return timed(recorded._graph.replay, 50)
+
+
+def sweep(decoder: Decoder, form: str) -> Iterator[str]:
+    """Lines of a table: a recorded pass by how it is compiled, kernels of their own first."""
+    yield "| warps | KiB of weights on their way | ms of 1, 2, 4, 8 tokens | tok/s | 4 beside 1 |"
+    yield "|---|---|---|---|---|"
+    rings = (SHARED_BYTES, 128 << 10, 64 << 10)
+    tunings = [Tuning(warps, ring) for warps in (8, 12, 16) for ring in rings]
+    for tuning in (None, *tunings):
+        steps = {} if tuning is None else dict.fromkeys(PASSES, tuning)
+        tried = replace(decoder, kernels=Cuda("cuda", steps=steps))
+        few = PASSES if tuning is None or tuning.ring_bytes == SHARED_BYTES else (1, 4)
+        ms = {n: 1e3 * replay_seconds(tried, 128, form, n) for n in few}
+        name = "-" if tuning is None else f"{tuning.warps} | {tuning.ring_bytes >> 10}"
+        times = ", ".join(f"{n}: {value:.3f}" for n, value in ms.items())
+        yield f"| {name} | {times} | {1e3 / ms[1]:.0f} | {ms[4] / ms[1]:.2f} |"
 
 
 def graph_seconds(work: Callable[[], object], times: int = 20) -> float:
@@ -197,11 +217,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kv-cache", default="bf16")
     parser.add_argument("--brief", action="store_true")
+    parser.add_argument("--step", action="store_true", help="passes as one kernel")
+    parser.add_argument("--warps", type=int, default=8, help="of a step, that multiply")
+    parser.add_argument("--sweep", action="store_true", help="ways to compile a step, no more")
     args = parser.parse_args()
-    kernels = Cuda("cuda")
+    steps = dict.fromkeys(PASSES, Tuning(args.warps)) if args.step else TUNED
+    kernels = Cuda("cuda", steps=steps)
     config = config_of(args.shape, args.layers)
     decoder = load_decoder(config, weights(config, args.form), kernels)
     torch.cuda.synchronize()
+    if args.sweep:
+        print(f"{torch.cuda.get_device_name()}, {args.shape} {args.form}, kv {args.kv_cache}")
+        for line in sweep(decoder, args.kv_cache):
+            print(line, flush=True)
+        return
     began = time.perf_counter()
     engine = Engine(decoder, ctx_size=4096, kv_cache=args.kv_cache, chunk=1024)
     read = engine.bytes_per_token(0)

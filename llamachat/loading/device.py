@@ -83,6 +83,7 @@ def compile_kernels(engine: Engine, notice: Callable[[str], None]) -> None:
 
     torch.cuda.empty_cache()
     from llamachat.kernels.cuda import Cuda
+    from llamachat.kernels.cuda.attention import ALONE
     from llamachat.kernels.cuda.products import FEW, TILES
     from llamachat.kernels.sharded import Sharded
 
@@ -95,6 +96,19 @@ def compile_kernels(engine: Engine, notice: Callable[[str], None]) -> None:
     with alone, backend.rehearsal(progress):
         for n_tokens in (*max(TILES.values(), key=len), FEW + 1):
             engine.logits([0] * n_tokens)
+        _decode_at(engine, ALONE)
+
+
+def _decode_at(engine: Engine, depth: int) -> None:
+    """A rehearsed pass of one token that sees so many others, which need not be there."""
+    import torch
+
+    from llamachat.kernels import Batch
+
+    zero = torch.zeros(1, dtype=torch.int32)
+    table = torch.zeros((1, depth + 1), dtype=torch.int32)
+    batch = Batch(zero, zero, zero, zero + depth + 1, zero + depth, table, zero)
+    engine.decoder(batch, engine.decoder.new_cache(1, engine.kv_cache))
 
 
 class _Progress:

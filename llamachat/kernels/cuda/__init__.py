@@ -10,7 +10,7 @@ for what follows; only the norm's divisor is left to the product, which it is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -28,6 +28,7 @@ from llamachat.kernels.cuda.products import ADD, FEW, SEND, STORE, SWIGLU, Coded
 from llamachat.kernels.cuda.prompts import Prompts
 from llamachat.kernels.cuda.quantize import quantize
 from llamachat.kernels.cuda.staging import Stage
+from llamachat.kernels.cuda.step import TUNED, Steps, Tuning
 from llamachat.kernels.cuda.weights import Packed, pack
 from llamachat.kernels.peers import Peers
 from llamachat.quant.form import BITSANDBYTES, Form
@@ -37,6 +38,7 @@ __all__ = ["Cuda"]
 
 THREADS = 128
 LARGEST_HEAD = 256  # elements
+STEPPING = 9  # compute capability of GPUs that run a pass as one kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,17 @@ class Cuda(reference.Reference):
     queues = True
 
     def __init__(
-        self, device: torch.device | str = "cuda:0", dtype: torch.dtype = torch.bfloat16
+        self,
+        device: torch.device | str = "cuda:0",
+        dtype: torch.dtype = torch.bfloat16,
+        steps: Mapping[int, Tuning] = TUNED,
     ) -> None:
         """Nothing is compiled yet.
+
+        Args:
+            device: the GPU.
+            dtype: of keys and values by default.
+            steps: see `step.Steps`.
 
         Raises:
             UsageError: what compiles kernels is missing.
@@ -77,9 +87,13 @@ class Cuda(reference.Reference):
         super().__init__(device, dtype)
         self._compiler = Compiler(self.device)
         self._prompts = Prompts(self._compiler, self.device)
-        self._products = Products(self._compiler, self.device)
         self._stage = Stage(self.device)
-        self._attention = Attention(self._compiler, self.device)
+        properties = torch.cuda.get_device_properties(self.device)
+        processors = properties.multi_processor_count
+        tuned = steps if properties.major == STEPPING else {}
+        self._steps = Steps(self._compiler, self.device, processors, tuned)
+        self._products = Products(self._steps, self.device)
+        self._attention = Attention(self._steps, self.device, processors)
         self._pool = torch.cuda.graph_pool_handle()
         self._queue = Queue()
         self._sum: _Sum | None = None
@@ -124,7 +138,7 @@ class Cuda(reference.Reference):
         memory = peers.symmetric(Exchange.n_bytes(peers.size, FEW, dim))
         if memory is None:
             return 0
-        self._exchange = Exchange(self._compiler, memory, FEW, dim)
+        self._exchange = Exchange(self._steps, memory, FEW, dim)
         return FEW
 
     def cache(self, shape: CacheShape, slots: int, form: str = "auto") -> Slots:
@@ -181,6 +195,7 @@ class Cuda(reference.Reference):
         """On the stream of the pass; a sum that waits is added first."""
         if self._sum is not None:
             self._added(None, None)
+        self._steps.flush()
         action()
 
     def angles(self, position: Tensor, frequencies: Tensor) -> Angles:
@@ -195,7 +210,7 @@ class Cuda(reference.Reference):
             half=half,
             tokens=tokens,
         )
-        kernel = self._compiler.kernel("stream.cu", "angles", WEIGHTS=0)
+        kernel = self._steps.kernel("stream.cu", "angles", WEIGHTS=0)
         kernel((_ceil(tokens * half, THREADS),), THREADS, args)
         return cosines, sines
 
@@ -205,14 +220,16 @@ class Cuda(reference.Reference):
         dim = weight.shape[1]
         h = self._floats(len(batch.ids), dim)
         args = structures.Embed(part.struct, batch.ids.data_ptr(), h.data_ptr(), dim)
-        kernel = self._compiler.kernel("stream.cu", "embed", WEIGHTS=part.form)
+        kernel = self._steps.kernel("stream.cu", "embed", WEIGHTS=part.form)
         kernel((_ceil(dim, 8 * THREADS), len(batch.ids)), THREADS, args)
         return h
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """(T, I) -> (T, O) float32."""
         if len(x) <= FEW:
-            return self._product(self._coded(x.float().contiguous()), weight)
+            out = self._product(self._coded(x.float().contiguous()), weight)
+            self._steps.flush()
+            return out
         return self._prompts.linear(x, weight)
 
     def norm_linear(self, h: Tensor, norm: Norm, weight: Weight) -> Tensor:
@@ -258,7 +275,9 @@ class Cuda(reference.Reference):
         """(L, V)."""
         if len(h) > FEW:
             return self.linear(self._norm(h[wanted], norm), weight)
-        return self._product(self._normed(h, norm), weight, wanted)
+        out = self._product(self._normed(h, norm), weight, wanted)
+        self._steps.flush()
+        return out
 
     def _norm(self, h: Tensor, norm: Norm) -> Tensor:
         """Of a prompt."""
@@ -269,11 +288,17 @@ class Cuda(reference.Reference):
     def _few(
         self, forward: Callable[[Batch], Tensor], batch: Batch, passes: dict[Shape, Pass]
     ) -> Tensor:
+        def noted(static: Batch) -> Tensor:
+            if self._exchange is not None:  # between the phases
+                return forward(static)
+            with self._steps.noting(len(static.ids)):
+                return forward(static)
+
         shape = Shape.of(batch)
         if known := passes.get(shape):
-            return known.replay(forward, batch, self._pool)
-        passes[shape] = Pass(shape, self._compiler, self.device)
-        return passes[shape].run(forward, batch)
+            return known.replay(noted, batch, self._pool)
+        passes[shape] = Pass(shape, self._steps, self.device)
+        return passes[shape].run(noted, batch)
 
     def _normed(self, h: Tensor, norm: Norm) -> Coded:
         """Codes of h times the norm's weight; a sum that waits for them is added first."""

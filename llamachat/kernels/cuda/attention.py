@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llamachat.kernels import Angles, Batch
 from llamachat.kernels.cuda import structures
-from llamachat.kernels.cuda.compiler import Compiler, Kernel
+from llamachat.kernels.cuda.step import Launch, Steps
 from llamachat.kernels.cuda.weights import BLOCK
 from llamachat.kernels.reference import Cache
 
@@ -78,9 +78,9 @@ class Asked:
 class Attention:
     """The kernels on one GPU."""
 
-    def __init__(self, compiler: Compiler, device: torch.device) -> None:
-        self._compiler = compiler
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+    def __init__(self, steps: Steps, device: torch.device, processors: int) -> None:
+        self._steps = steps
+        self._processors = processors
         self._tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)
 
     def turned(self, asked: Asked) -> Tensor:
@@ -100,14 +100,14 @@ class Attention:
         blocks = shape.n_kv_heads * -(-(heads // shape.n_kv_heads) // asked.tile)
         splits = self._splits(blocks * tokens, asked.entries)
         args = asked.args()
+        is_whole = shape.head_dim % BLOCK == 0 and blocks * tokens <= TICKETS
+        args.tickets = self._tickets.data_ptr() if is_whole else None
         if tokens > 1:  # which see each other
             self._store(asked, args)
         n_parts = tokens * heads * splits
         partial, weights = (asked.qkv.new_empty(n_parts * n) for n in (shape.head_dim, 2))
         args.partial, args.weights = partial.data_ptr(), weights.data_ptr()
         args.out, args.splits = out, splits
-        is_whole = shape.head_dim % BLOCK == 0 and blocks * tokens <= TICKETS
-        args.tickets = self._tickets.data_ptr() if is_whole else None
         self._kernel(asked, "attend")((blocks, splits, tokens), THREADS, args)
         if not is_whole:
             self._kernel(asked, "combine")(
@@ -117,9 +117,9 @@ class Attention:
     def _store(self, asked: Asked, args: structures.Attention) -> None:
         self._kernel(asked, "store")((asked.cache.shape.n_kv_heads, asked.tokens), 32, args)
 
-    def _kernel(self, asked: Asked, name: str) -> Kernel:
+    def _kernel(self, asked: Asked, name: str) -> Launch:
         cache = asked.cache
-        return self._compiler.kernel(
+        return self._steps.kernel(
             "attention.cu",
             name,
             HEAD_DIM=cache.shape.head_dim,

@@ -22,9 +22,11 @@ import torch
 from llamachat import settings
 from llamachat.errors import UsageError
 from llamachat.hardware import usable_cores
+from llamachat.kernels.cuda import structures
 
 SOURCES = Path(__file__).parent
 OVERLAPPING = 9  # compute capability from which a kernel may start before the last one is over
+SWIZZLED_BYTES = 128  # of a box's row
 OPTIONS = ("--std=c++17",)
 
 
@@ -102,6 +104,66 @@ class Compiler:
             self._noted[program] = None
             return REHEARSED
         return self._kernels.setdefault(key, self._kernel(program, name))
+
+    def cooperative(self, source: str, name: str, shared_bytes: int, **defines: object) -> Kernel:
+        """The same of a kernel whose blocks, one a processor, wait for each other.
+
+        Args:
+            source: and so on: see `kernel`.
+            name: of the function.
+            shared_bytes: of memory that a block asks for beside its static one.
+            defines: what it is compiled with.
+        """
+        kernel = self.kernel(source, name, **defines)
+        if kernel.function is None:
+            return kernel
+        driver = self._driver
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(kernel.function, limit, shared_bytes))
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        attribute.value.cooperative = 1
+        config = self._config()
+        config.sharedMemBytes = shared_bytes
+        config.attrs, config.numAttrs = [attribute], 1
+        return Kernel(kernel.function, driver, config)
+
+    def matrix(
+        self, pointer: int, rows: int, row_bytes: int, stride: int, box: tuple[int, int]
+    ) -> structures.Map:
+        """Bytes in global memory, as copies of boxes to shared memory take them.
+
+        Args:
+            pointer: of the first row, a multiple of 16.
+            rows: of the matrix.
+            row_bytes: beyond which there are zeros.
+            stride: from row to row, a multiple of 16.
+            box: (rows, bytes); boxes of 128 bytes a row come swizzled, so that eight rows lie in
+                different banks.
+        """
+        driver = self._driver
+        swizzles = driver.CUtensorMapSwizzle
+        is_wide = box[1] == SWIZZLED_BYTES
+        made = check(
+            driver.cuTensorMapEncodeTiled(
+                driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2,
+                pointer,
+                [driver.cuuint64_t(n) for n in (row_bytes, rows)],
+                [driver.cuuint64_t(stride)],
+                [driver.cuuint32_t(n) for n in reversed(box)],
+                [driver.cuuint32_t(1)] * 2,
+                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzles.CU_TENSOR_MAP_SWIZZLE_128B
+                if is_wide
+                else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        )
+        return structures.Map.from_buffer_copy(
+            ctypes.string_at(int(made.getPtr()), ctypes.sizeof(structures.Map))
+        )
 
     @contextmanager
     def rehearsal(self, progress: Callable[[int, int], None]) -> Iterator[None]:

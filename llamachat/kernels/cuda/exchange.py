@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llamachat.kernels.cuda import structures
-from llamachat.kernels.cuda.compiler import Compiler
+from llamachat.kernels.cuda.step import Steps
 from llamachat.kernels.peers import Symmetric
 
 MOST = 8  # processes
@@ -22,9 +22,9 @@ THREADS, BLOCK = 128, 32
 class Exchange:
     """Of streams (T, D) up to so many tokens. A pass has an even number of sums."""
 
-    def __init__(self, compiler: Compiler, memory: Symmetric, tokens: int, dim: int) -> None:
+    def __init__(self, steps: Steps, memory: Symmetric, tokens: int, dim: int) -> None:
         """Use `memory` of `n_bytes(...)` zeros."""
-        self._compiler, self._memory, self._dim = compiler, memory, dim
+        self._steps, self._memory, self._dim = steps, memory, dim
         self._part = tokens * dim
         self._epochs = torch.tensor([1, 2], dtype=torch.int32, device=memory.tensor.device)
         self._turn = 0
@@ -38,7 +38,7 @@ class Exchange:
         """A pass; whether the one before came to its end does not matter."""
         self._turn = 0
 
-    def address(self, args: structures.Linear) -> None:
+    def address(self, args: structures.Sending) -> None:
         """Let a product send what it gives to the buffers of this turn."""
         rank, peers = self._memory.rank, len(self._memory.addresses)
         for i, base in enumerate(self._memory.addresses):
@@ -60,7 +60,7 @@ class Exchange:
         )
         if out is not None:
             args.out = out
-        kernel = self._compiler.kernel("gather.cu", "gather")
+        kernel = self._steps.kernel("gather.cu", "gather")
         kernel((-(-self._dim // THREADS), len(h)), THREADS, args)
         self._turn = 1 - self._turn
 

@@ -37,5 +37,5 @@ extern "C" __global__ void gather(const __grid_constant__ Gather a) {
         if (i < a.peers && is_column) value += parts[i];
     }
     if (is_column) a.h[t * a.dim + column] = value;
-    if (a.gain != nullptr) store_normed(a.out, t, block, value, a.gain);
+    if (a.gain != nullptr) store_normed(a.out, t, block, value, is_column ? a.gain[column] : 0.0f);
 }

@@ -4,28 +4,32 @@
 // ROWS of them; its lanes take one unit of each row after the other, DEPTH of them on their way.
 // Compiled for FORMS, a list such as X(1) X(2), MODE, TOKENS, ROWS, DEPTH and RESIDENT, the blocks
 // that a processor shall have room for.
+#include "linear.cuh"
 #include "peers.cuh"
-#include "weights.cuh"
 
-enum Mode { kStore, kAdd, kSwiglu, kSend };
 constexpr int kWarps = 32 / ROWS;
 
-struct Linear {
-    Part parts[3];
-    Acts x;
-    Acts out;            // kAdd, kSwiglu: what becomes of it
-    const float* bias;   // or null
-    const float* gain;   // kAdd: of the norm that follows, or null
-    const int* wanted;   // kStore: which tokens of x, or null for all
-    float* y;            // (T, width): kStore writes, kAdd adds
-    int64_t width;
-    uint64_t* to[kMostPeers];  // kSend: this process's (T, width) words, at each process
-    const uint32_t* epoch;     // kSend: the number of the sum
-    int n_parts;
-    int tokens;
+struct Sending : Linear {      // kSend
+    uint64_t* to[kMostPeers];  // this process's (T, width) words, at each process
+    const uint32_t* epoch;     // the number of the sum
     int peers;
     int unused;
 };
+
+template <int>
+struct Called {
+    using Args = Linear;
+};
+template <>
+struct Called<kSend> {
+    using Args = Sending;
+};
+
+template <class Args>
+__device__ __forceinline__ void send(const Args& a, int64_t token, int row, float value) {
+    const uint32_t epoch = epoch_of(a.epoch);
+    for (int i = 0; i < a.peers; ++i) send_word(a.to[i] + token * a.width + row, value, epoch);
+}
 
 struct Raw {  // a unit as it is read
     uint4 codes;
@@ -223,7 +227,7 @@ __device__ __forceinline__ void multiply_part(
 #undef X
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * kWarp, RESIDENT) linear(const __grid_constant__ Linear a) {
+extern "C" __global__ void __launch_bounds__(kWarps * kWarp, RESIDENT) linear(const __grid_constant__ Called<MODE>::Args a) {
     __shared__ float y[MODE == kSwiglu ? 2 : 1][TOKENS][32];
     const int block = blockIdx.x, t0 = blockIdx.y * TOKENS;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -256,26 +260,13 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, RESIDENT) linear(co
     __syncthreads();
     for (int t = warp; t < TOKENS && t0 + t < a.tokens; t += kWarps) {
         const int64_t token = t0 + t;
-        const bool is_row = row < end;
         int source = static_cast<int>(token);
         if (MODE == kStore && a.wanted != nullptr) source = a.wanted[token];
-        const float factor = norm_factor(a.x, source);
-        float value = y[0][t][lane] * factor;
-        if (a.bias != nullptr && is_row) value += a.bias[row];
-        if constexpr (MODE == kStore) {
-            if (is_row) a.y[token * a.width + row] = value;
-        } else if constexpr (MODE == kAdd) {
-            value = is_row ? value + a.y[token * a.width + row] : 0.0f;
-            if (is_row) a.y[token * a.width + row] = value;
-            if (a.gain != nullptr) store_normed(a.out, token, block, value, a.gain);
-        } else if constexpr (MODE == kSend) {
-            const uint32_t epoch = epoch_of(a.epoch);
-            for (int i = 0; i < a.peers && is_row; ++i) send_word(a.to[i] + token * a.width + row, value, epoch);
-        } else {
-            float up = y[1][t][lane] * factor;
-            if (a.bias != nullptr && is_row) up += a.bias[end + row];
-            value = is_row ? value / (1.0f + expf(-value)) * up : 0.0f;
-            store_block(a.out, token, block, value);
-        }
+        const Beside beside = read_beside<MODE>(a, token, row, end);
+        const float factor = norm_factor(a.x, lane_squares(a.x, source));
+        const float up = MODE == kSwiglu ? y[MODE == kSwiglu][t][lane] * factor : 0.0f;
+        const float value = y[0][t][lane] * factor;
+        if constexpr (MODE != kSend) finish<MODE>(a, token, block, row, end, value, up, beside);
+        else if (row < end) send(a, token, row, value + beside.bias);
     }
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamachat.kernels import Batch
 from llamachat.kernels.cuda import structures
-from llamachat.kernels.cuda.compiler import Compiler
+from llamachat.kernels.cuda.step import Steps
 
 LEAST_TABLE = 256
 THREADS = 256
@@ -49,9 +49,9 @@ class Shape:
 class Pass:
     """Memory for batches of one shape, and the graph over it once there is one."""
 
-    def __init__(self, shape: Shape, compiler: Compiler, device: torch.device) -> None:
+    def __init__(self, shape: Shape, steps: Steps, device: torch.device) -> None:
         self._shape = shape
-        self._compiler = compiler
+        self._steps = steps
         table = shape.rows * shape.entries
         sizes = dict.fromkeys(NAMES, shape.tokens) | {"wanted": shape.wanted, "table": table}
         self._staged = torch.empty(sum(sizes.values()), dtype=torch.int32, pin_memory=True)
@@ -62,6 +62,7 @@ class Pass:
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
+        self._kept: list[Tensor] = []  # that the graph reads
 
     def run(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """Run `forward` itself; what it needs is compiled then."""
@@ -81,6 +82,7 @@ class Pass:
             # other threads, NCCL's among them, go on using the GPU
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._result = forward(self._batch)
+            self._kept = self._steps.send()
             self._graph = graph
         self._bring(batch)
         self._graph.replay()
@@ -101,7 +103,7 @@ class Pass:
             count=len(self._static),
             tokens=tokens,
         )
-        kernel = self._compiler.kernel("stream.cu", "bring", WEIGHTS=0)
+        kernel = self._steps.kernel("stream.cu", "bring", WEIGHTS=0)
         kernel((-(-len(self._static) // THREADS),), THREADS, args)
         self._copied.record()
 

@@ -8,20 +8,17 @@
 constexpr int kMostPeers = 8;
 
 __device__ __forceinline__ void send_word(uint64_t* to, float value, uint32_t epoch) {
-    const uint64_t word = static_cast<uint64_t>(epoch) << 32 | __float_as_uint(value);
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"(word) : "memory");
+    store_relaxed(to, static_cast<uint64_t>(epoch) << 32 | __float_as_uint(value));
 }
 
 __device__ __forceinline__ float await_word(const uint64_t* from, uint32_t epoch) {
     uint64_t word;
-    do asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    do word = relaxed(from);
     while (static_cast<uint32_t>(word >> 32) != epoch);
     return __uint_as_float(static_cast<uint32_t>(word));
 }
 
 // Of this sum. The first cache may have an older one.
 __device__ __forceinline__ uint32_t epoch_of(const uint32_t* from) {
-    uint32_t epoch;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(from) : "memory");
-    return epoch;
+    return __ldcg(from);
 }

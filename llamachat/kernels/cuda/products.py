@@ -10,8 +10,8 @@ from torch import Tensor
 from llamachat.kernels import Norm
 from llamachat.kernels.cuda import structures
 from llamachat.kernels.cuda.attention import pointer
-from llamachat.kernels.cuda.compiler import Compiler
 from llamachat.kernels.cuda.exchange import Exchange
+from llamachat.kernels.cuda.step import Steps
 from llamachat.kernels.cuda.weights import BLOCK, Packed
 
 FEW = 16  # tokens that a weight is read packed for
@@ -40,8 +40,8 @@ class Coded:
 class Products:
     """The kernels on one GPU."""
 
-    def __init__(self, compiler: Compiler, device: torch.device) -> None:
-        self._compiler, self._device = compiler, device
+    def __init__(self, steps: Steps, device: torch.device) -> None:
+        self._steps, self._device = steps, device
 
     def acts(self, tokens: int, dim: int, norm: Norm | None = None) -> Coded:
         """Memory for activations (T, D), whose norm is still to be divided by if there is one."""
@@ -67,7 +67,7 @@ class Products:
     def code(self, x: Tensor, out: Coded, gain: Tensor | None) -> Coded:
         """Codes of x (T, D) times `gain`, in `out`."""
         args = structures.Code(out.struct, x.data_ptr(), pointer(gain))
-        kernel = self._compiler.kernel("stream.cu", "code", WEIGHTS=0)
+        kernel = self._steps.kernel("stream.cu", "code", WEIGHTS=0)
         kernel((-(-out.struct.blocks // (THREADS // 32)), len(x)), THREADS, args)
         return out
 
@@ -92,7 +92,7 @@ class Products:
         tile = next(t for t in tiles if t >= min(tokens, max(tiles)))
         rows, depth, resident = tiles[tile]
         forms = " ".join(f"X({form})" for form in sorted({part.form for part in weight.parts}))
-        kernel = self._compiler.kernel(
+        kernel = self._steps.kernel(
             "linear.cu",
             "linear",
             FORMS=forms,
@@ -102,7 +102,8 @@ class Products:
             DEPTH=depth,
             RESIDENT=resident,
         )
-        args = structures.Linear(
+        called = structures.Linear if exchange is None else structures.Sending
+        args = called(
             x=x.struct,
             bias=pointer(weight.bias),
             gain=pointer(gain),
@@ -117,6 +118,7 @@ class Products:
         if out is not None:
             args.out = out.struct
         if exchange is not None:
+            assert isinstance(args, structures.Sending)
             exchange.address(args)
         several = weight.parts[:1] if mode == SWIGLU else weight.parts
         blocks = sum(-(-part.shape[0] // BLOCK) for part in several)

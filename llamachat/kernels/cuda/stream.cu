@@ -100,7 +100,7 @@ extern "C" __global__ void code(const __grid_constant__ Code a) {
     const int64_t t = blockIdx.y;
     const int column = block * kBlock + threadIdx.x % kWarp;
     const float x = column < a.out.dim ? a.x[t * a.out.dim + column] : 0.0f;
-    if (a.gain != nullptr) store_normed(a.out, t, block, x, a.gain);
+    if (a.gain != nullptr) store_normed(a.out, t, block, x, column < a.out.dim ? a.gain[column] : 0.0f);
     else store_block(a.out, t, block, x);
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int8, c_int32, c_int64, c_void_p
+from ctypes import Structure, Union, c_float, c_int8, c_int32, c_int64, c_uint64, c_void_p
 
 
 class Acts(Structure):
@@ -54,10 +54,17 @@ class Linear(Structure):
         ("wanted", c_void_p),
         ("y", c_void_p),
         ("width", c_int64),
-        ("to", c_void_p * 8),
-        ("epoch", c_void_p),
         ("n_parts", c_int32),
         ("tokens", c_int32),
+    )
+
+
+class Sending(Linear):
+    """A product whose numbers go to several processes (linear.cu)."""
+
+    _fields_ = (  # type: ignore[assignment]  # after those of the base
+        ("to", c_void_p * 8),
+        ("epoch", c_void_p),
         ("peers", c_int32),
         ("unused", c_int32),
     )
@@ -176,5 +183,40 @@ class Rows(Structure):
         ("out", c_void_p),
         ("dim", c_int64),
         ("eps", c_float),
+        ("unused", c_int32),
+    )
+
+
+class Map(Structure):
+    """A matrix in global memory, of which boxes are copied: what the driver encodes (ptx.cuh)."""
+
+    _fields_ = (("words", c_uint64 * 16),)
+
+
+class _Works(Union):
+    _fields_ = (("linear", Linear), ("attention", Attention))
+
+
+class Phase(Structure):
+    """What a step's blocks do between two waits (step.cu)."""
+
+    _anonymous_ = ("works",)
+    _fields_ = (
+        ("maps", Map * 3 * 3),
+        ("works", _Works),
+        ("op", c_int32),
+        ("units", c_int32),
+        ("first", c_int32),
+        ("unused", c_int32 * 13),
+    )
+
+
+class Step(Structure):
+    """All phases of a pass."""
+
+    _fields_ = (
+        ("phases", c_void_p),
+        ("arrived", c_void_p),
+        ("n_phases", c_int32),
         ("unused", c_int32),
     )

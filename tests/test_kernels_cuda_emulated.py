@@ -1,0 +1,101 @@
+"""CUDA kernels on the CPU: what they compute, and that they wait for what they need.
+
+Threads take turns at random, and copies come late and in any order (native/emulated.cpp).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from acts import values_of
+from emulated import COMPILER, Compiler, Emulated
+from quantized import SMALL, random_qtensor, random_quantized_decoder
+from rows import Rows
+from torch import Tensor
+
+from llamachat.kernels import Batch, Cache, CacheShape
+from llamachat.kernels.cuda.step import Tuning
+from llamachat.kernels.reference import Reference
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here")
+
+REFERENCE = Reference(activation_bits=8)
+STEPS = {1: Tuning(4, ring_bytes=50_000), 8: Tuning(8)}
+FORMS = ["shifted", "8 bits", "4 bits with minimum", "bfloat16", "4 bits", "8 bits with minimum"]
+# Rows of which some are beyond the last of 32, and columns that fill some boxes of a stage.
+CONFIG = replace(
+    SMALL, dim=256, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=1280,
+    vocab_size=70, tied=False,
+)  # fmt: skip
+IDS = [5, 9, 17, 3, 33, 60, 2, 41]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def test_products_are_the_reference_s(folder: Path) -> None:
+    kernels = Emulated(Compiler(folder))
+    parts = [
+        random_qtensor(form, (rows, 96), 32)
+        for form, rows in (("shifted", 33), ("8 bits", 20), ("4 bits with minimum", 40))
+    ]
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+    expected = REFERENCE.linear(x, REFERENCE.pack(parts))
+    assert off(kernels.linear(x, kernels.pack(parts)), expected) < 1e-6
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4])
+def test_two_steps_give_the_reference_s_logits_whatever_comes_first(
+    folder: Path, n_tokens: int
+) -> None:
+    def logits(kernels: Reference) -> Tensor:
+        decoder = random_quantized_decoder(kernels, FORMS, CONFIG)
+        return Rows(decoder, form="f32").run_text(IDS[: 2 * n_tokens], n_tokens)
+
+    results = []
+    for seed in (1, 2):
+        kernels = Emulated(Compiler(folder, seed), steps=STEPS)
+        results.append(logits(kernels))
+        assert kernels.launched == ["angles", "embed", "code", "run_step"] * 2
+    assert off(results[0], logits(REFERENCE)) < 1e-5
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("n_tokens", "form"), [(1, "int8"), (3, "bf16")])
+def test_a_step_attends_over_a_long_context_in_splits(
+    folder: Path, n_tokens: int, form: str
+) -> None:
+    """Query heads that share a key are in one block then, and the last one adds the splits up."""
+    heads, kv_heads, dim, past = 4, 1, 64, 530
+    order = torch.randperm(past + n_tokens, generator=torch.Generator().manual_seed(0)).int()
+    seen = torch.arange(past + 1, past + n_tokens + 1, dtype=torch.int32)
+    zeros = torch.zeros(n_tokens, dtype=torch.int32)
+    batch = Batch(zeros, zeros, order[past:], seen, seen - 1, order.view(1, -1), zeros[:1])
+    generator = torch.Generator().manual_seed(1)
+    filled = torch.randn(2, past + n_tokens, dim, generator=generator)
+    qkv = torch.randn(n_tokens, (heads + 2 * kv_heads) * dim, generator=generator)
+    turns = torch.randn(n_tokens, dim // 2, generator=generator)
+    found = []
+    for kernels in (Emulated(Compiler(folder), 8, STEPS), Reference()):
+        cache = kernels.cache(CacheShape(1, kv_heads, dim), past + n_tokens, form)
+        for tensor, values in zip((cache.keys, cache.values), filled, strict=True):
+            tensor.copy_(values * 40 if form == "int8" else values)
+        if cache.scales is not None:
+            cache.scales.fill_(1 / 40)
+
+        def attended(b: Batch, kernels: Reference = kernels, cache: Cache = cache) -> Tensor:
+            act = kernels.attention(qkv, (turns.cos(), turns.sin()), b, cache, 0)
+            kernels.then(lambda: None)
+            return values_of(act)
+
+        found.append(kernels.run(attended, batch))
+    assert off(*found) < {"int8": 2e-2, "bf16": 6e-3}[form]
