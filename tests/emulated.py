@@ -89,7 +89,7 @@ class Compiler:
         flags = [f"-D{macro}={value}" for macro, value in defines.items()]
         command = [
             str(COMPILER), "-std=c++17", "-O1", "-fno-gnu-unique", "-fPIC", "-shared", "-pthread",
-            "-w",
+            "-U_FORTIFY_SOURCE", "-w",
             f"-I{NATIVE}", f"-I{SOURCES}", f'-DSOURCE="{source}"', f"-DKERNELS={entries}", *flags,
             "-o", str(path), str(NATIVE / "emulated.cpp"),
         ]  # fmt: skip

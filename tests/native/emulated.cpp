@@ -2,6 +2,7 @@
 // KERNEL(name, structure of its arguments) for each that is called from outside.
 #include "emulated.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <atomic>
@@ -34,7 +35,9 @@ struct Warp {
 };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t begin;
+    jmp_buf place;  // where it goes on: without system calls, which swapcontext makes
+    bool is_begun = false;
     std::unique_ptr<uint8_t[]> stack;
 };
 
@@ -45,7 +48,7 @@ struct Block {
     std::vector<std::function<void()>> copies;
     std::function<void()> body;
     Gate gate;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     std::minstd_rand random;
     int running = 0;
     int alive = 0;
@@ -54,7 +57,16 @@ struct Block {
 
 thread_local Block* self;
 
-void leave() { swapcontext(&self->fibers[self->running].context, &self->scheduler); }
+void leave() {
+    if (!_setjmp(self->fibers[self->running].place)) _longjmp(self->scheduler, 1);
+}
+
+void enter(Fiber& fiber) {
+    if (_setjmp(self->scheduler)) return;
+    if (fiber.is_begun) _longjmp(fiber.place, 1);
+    fiber.is_begun = true;
+    setcontext(&fiber.begin);
+}
 
 void wait_at(Gate& gate, int n_threads) {
     self->idle = 0;
@@ -92,11 +104,10 @@ void run_block(int threads) {
     for (int i = 0; i < threads; ++i) {
         Fiber& fiber = own.fibers[i];
         fiber.stack.reset(new uint8_t[kStack]);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = &own.scheduler;
-        makecontext(&fiber.context, run_fiber, 0);
+        getcontext(&fiber.begin);
+        fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+        fiber.begin.uc_stack.ss_size = kStack;
+        makecontext(&fiber.begin, run_fiber, 0);
         own.ready.push_back(i);
     }
     while (own.alive) {
@@ -110,7 +121,7 @@ void run_block(int threads) {
         if (own.idle % 1024 == 1023) std::this_thread::yield();  // other blocks
         own.running = taken(own.ready);
         thread = {static_cast<unsigned>(own.running), 0, 0};
-        swapcontext(&own.scheduler, &own.fibers[own.running].context);
+        enter(own.fibers[own.running]);
     }
 }
 

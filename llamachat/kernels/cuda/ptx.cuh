@@ -151,7 +151,7 @@ __device__ __forceinline__ void acquire_map(const Map* map) {
 }
 
 __device__ __forceinline__ void prefetch_map(const Map* map) {
-    asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(map) : "memory");
 }
 
 // A box of the matrix from byte `x` of row `y`, zeros beyond its edges; it will not be read again.

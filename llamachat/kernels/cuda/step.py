@@ -101,7 +101,7 @@ class Steps:
     def noting(self, tokens: int) -> Iterator[None]:
         """A pass of so many tokens is inside; its phases are launched at the end at the latest."""
         self._is_noting = tokens <= max(self._tuned, default=0)
-        self._tokens = tokens
+        self._tokens, self._shape = tokens, {}
         try:
             yield
             self.flush()
