@@ -25,9 +25,10 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here")
 REFERENCE = Reference(activation_bits=8)
 STEPS = {1: Tuning(4, ring_bytes=50_000), 8: Tuning(8)}
 FORMS = ["shifted", "8 bits", "4 bits with minimum", "bfloat16", "4 bits", "8 bits with minimum"]
-# Rows of which some are beyond the last of 32, and columns that fill some boxes of a stage.
+# Rows of which some are beyond the last of 32, columns that fill some boxes of a stage, and fewer
+# heads than blocks.
 CONFIG = replace(
-    SMALL, dim=256, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=1280,
+    SMALL, dim=256, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=128, hidden_dim=1280,
     vocab_size=70, tied=False,
 )  # fmt: skip
 IDS = [5, 9, 17, 3, 33, 60, 2, 41]

@@ -83,7 +83,6 @@ __device__ __forceinline__ void store_normed(const Acts& to, int64_t t, int bloc
 __device__ __forceinline__ float lane_squares(const Acts& x, int64_t t) {
     float sum = 0;
     if (x.squares == nullptr) return sum;
-#pragma unroll 4
     for (int i = threadIdx.x % kWarp; i < x.blocks; i += kWarp) sum += __ldcg(x.squares + t * x.blocks + i);
     return sum;
 }

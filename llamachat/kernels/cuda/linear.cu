@@ -262,8 +262,8 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, RESIDENT) linear(co
         const int64_t token = t0 + t;
         int source = static_cast<int>(token);
         if (MODE == kStore && a.wanted != nullptr) source = a.wanted[token];
-        const Beside beside = read_beside<MODE>(a, token, row, end);
         const float factor = norm_factor(a.x, lane_squares(a.x, source));
+        const Beside beside = read_beside<MODE>(a, token, row, end);
         const float up = MODE == kSwiglu ? y[MODE == kSwiglu][t][lane] * factor : 0.0f;
         const float value = y[0][t][lane] * factor;
         if constexpr (MODE != kSend) finish<MODE>(a, token, block, row, end, value, up, beside);
