@@ -181,9 +181,9 @@ bool launch(
 #include SOURCE
 
 #define KERNEL(NAME, ARGS)                                                                             \
-    extern "C" bool emulate_##NAME(const ARGS* args, const int* grid, int threads, int64_t memory,      \
-                                   int at_once, int seed) {                                             \
-        const int sizes[3] = {grid[0], grid[1], grid[2]};                                               \
-        return emulated::launch([=] { NAME(*args); }, sizes, threads, memory, at_once, seed);                  \
+    extern "C" bool emulate_##NAME(const ARGS* args, const int* grid, int threads, int64_t memory,     \
+                                   int at_once, int seed) {                                            \
+        const int sizes[3] = {grid[0], grid[1], grid[2]};                                              \
+        return emulated::launch([=] { NAME(*args); }, sizes, threads, memory, at_once, seed);          \
     }
 KERNELS
