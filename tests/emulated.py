@@ -18,6 +18,7 @@ from llamachat.kernels import Batch, Cache
 from llamachat.kernels.cuda import Cuda, structures
 from llamachat.kernels.cuda.attention import Attention
 from llamachat.kernels.cuda.compiler import SOURCES, SWIZZLED_BYTES
+from llamachat.kernels.cuda.products import Products
 from llamachat.kernels.cuda.step import TUNED, Launch, Steps, Tuning
 from llamachat.kernels.reference import Reference
 
@@ -120,8 +121,9 @@ class Emulated(Cuda):
         self._compiler: Any = compiler
         self.launched = compiler.launched
         self._steps = Steps(compiler, self.device, processors, steps)
+        self._products = Products(self._steps, self.device)
         self._attention = Attention(self._steps, self.device, processors)
-        self._sum = None
+        self._sum = self._exchange = None
         self._is_pass = False
 
     def place(self, tensor: Tensor) -> Tensor:
