@@ -25,7 +25,8 @@ from llamachat.kernels.reference import Reference
 NATIVE = Path(__file__).parent / "native"
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 KERNELS = {  # of a source, and the structures they take
-    "linear.cu": {"linear": "Linear"},
+    "linear.cu": {"linear": "Called<MODE>::Args"},
+    "gather.cu": {"gather": "Gather"},
     "quantize.cu": {"quantize": "Quantize"},
     "attention.cu": dict.fromkeys(("store", "turn", "attend", "combine"), "Attention"),
     "step.cu": {"run_step": "Step"},

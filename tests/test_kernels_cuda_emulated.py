@@ -12,6 +12,7 @@ import pytest
 import torch
 from acts import values_of
 from emulated import COMPILER, Compiler, Emulated
+from exchanging import Sums
 from quantized import SMALL, random_qtensor, random_quantized_decoder
 from rows import Rows
 from torch import Tensor
@@ -52,6 +53,15 @@ def test_products_are_the_reference_s(folder: Path) -> None:
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
     expected = REFERENCE.linear(x, REFERENCE.pack(parts))
     assert off(kernels.linear(x, kernels.pack(parts)), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("size", "tokens", "dim"), [(2, 1, 64), (3, 2, 100)])
+def test_products_of_several_processes_are_added_and_coded(
+    folder: Path, size: int, tokens: int, dim: int
+) -> None:
+    sums = Sums([Emulated(Compiler(folder, seed)) for seed in range(size)], tokens, dim)
+    sums.add_twice()
+    sums.check(sums.add_twice(), 4)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4])
