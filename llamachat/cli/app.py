@@ -39,6 +39,7 @@ from llamachat.terminal.failure import show_failure, understood
 ALIASES = {"run": "chat", "download": "pull", "remove": "rm"}  # what other programs call them
 
 
+_GRACE_S = 3  # that an end by a signal may take
 _ENDINGS = [signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
     _ENDINGS.append(signal.SIGHUP)  # the terminal has gone
@@ -105,7 +106,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., int]:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    """End the program; what is still shown on a terminal that has gone goes nowhere."""
+    """End the program; what is still shown on a terminal that has gone goes nowhere.
+
+    An event loop may lose what is raised here, between taking a callback and calling it, and wait
+    for that one for ever: hence the alarm.
+    """
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+        signal.alarm(_GRACE_S)
     if number != signal.SIGTERM:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
