@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from llamachat.engine.events import Token
 from llamachat.engine.strategies import Greedy, Sample
 from llamachat.kernels import Batch, Norm
 from llamachat.kernels.cuda import Cuda
+from llamachat.kernels.cuda.products import ADD
 from llamachat.kernels.cuda.step import SHARED_BYTES, TUNED, Tuning
 from llamachat.model.decoder import Decoder, load_decoder
 from llamachat.quant.form import CODEBOOK, SHIFTS, Form
@@ -171,11 +173,13 @@ def kernel_table(decoder: Decoder, depth: int) -> Iterator[tuple[str, float, flo
     qkv = k._product(act, blocks[0].qkv)
     mixed = k.attention(qkv, angles, batch, cache, 0)
     gated = k.norm_swiglu(h, norm, blocks[0].gate_up)
-    out = k._acts(1, config.dim, norm)
+    products = k._products
+    out = products.acts(1, config.dim, norm)
 
-    def add(x: object, name: str) -> Callable[[], object]:
+    def add(x: Any, name: str) -> Callable[[], object]:
         return lambda: [
-            k._multiply(x, getattr(b, name), 1, h, out=out, gain=norm.weight) for b in blocks
+            products.multiply(x, getattr(b, name), ADD, h, out=out, gain=norm.weight)
+            for b in blocks
         ]
 
     kv = depth * k.slot_bytes(cache) / n
