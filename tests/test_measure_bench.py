@@ -82,7 +82,7 @@ def measure(said: list[str], tiny_llama: Callable[..., Path], monkeypatch: Any) 
             engine.now_s += 3
             return SimpleNamespace(
                 name=name, engine=engine, tokenizer=Bytes(), threads=options["threads"] or 9,
-                quantize=options["quantize"], backend="wound",
+                quantize=options["quantize"], backend="wound", ranks=options["tensor_parallel"],
                 device={"auto": "cpu"}.get(options["device"], options["device"]),
                 located=SimpleNamespace(path=folder),
             )  # fmt: skip

@@ -153,8 +153,7 @@ def _measured(
         status(f"{setup.model}: memory bandwidth")
         bandwidth = read_bandwidth(model.threads, model.device)
         reset_peak(gpu)  # what was read is no part of the model
-        ranks = plan.tensor_parallel
-        yield _row(model, test, times, bandwidth, load_s=load_s, peak_bytes=peak, ranks=ranks)
+        yield _row(model, test, times, bandwidth, load_s=load_s, peak_bytes=peak)
 
 
 def _repeated(
@@ -207,7 +206,6 @@ def _row(
     *,
     load_s: float,
     peak_bytes: int,
-    ranks: int,
 ) -> Row:
     samples = tuple(test.n / time.last_s for time in times)
     average, gpu = statistics.fmean(samples), gpu_of(model.device)
@@ -221,7 +219,7 @@ def _row(
         quantize=model.quantize,
         backend=model.backend,
         threads=model.threads,
-        tensor_parallel=ranks,
+        tensor_parallel=model.ranks,
         test=test.name,
         avg_ts=average,
         stddev_ts=statistics.stdev(samples) if len(samples) > 1 else 0.0,
