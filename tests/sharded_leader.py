@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from programs import environment
 
 IDS = [5, 9, 17, 3, 33, 60, 2, 2, 41, 77, 101, 9, 17, 200, 13, 44, 45, 46, 47, 48, 49]
 
@@ -37,6 +41,23 @@ def run(case: dict[str, Any], size: int) -> dict[str, Any]:
         "bytes": model.engine.bytes_per_token(0),
         "joined": getattr(model.engine.decoder.kernels, "_joined", 0),
     }
+
+
+def ask(cases: Mapping[str, Mapping[str, str]], size: int, home: Path) -> dict[str, Any]:
+    """What several processes answer to all cases, one after the other."""
+    asked, answered = home / "cases.json", home / "results.json"
+    asked.write_text(json.dumps(cases), "utf-8")
+    done = subprocess.run(
+        [sys.executable, __file__, asked, answered, str(size)],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    results: dict[str, Any] = json.loads(answered.read_text("utf-8"))
+    return results
 
 
 if __name__ == "__main__":

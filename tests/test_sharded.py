@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ import psutil
 import pytest
 import torch
 from programs import environment
-from sharded_leader import IDS, run
+from sharded_leader import IDS, ask, run
 
 from llamachat import hardware
 from llamachat.architecture import ModelConfig
@@ -34,7 +32,6 @@ from llamachat.quant.form import Form
 from llamachat.quant.quantize import quantize
 from llamachat.terminal import fitting
 
-LEADER = Path(__file__).with_name("sharded_leader.py")
 FLOATS = {"quantize": "none", "dtype": "float32"}
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped heads": {"intermediate_size": 128},  # halves of blocks that are rounded together
@@ -94,20 +91,8 @@ def together(
     """What several processes answer to all cases, one after the other."""
     results: dict[str, Any] = {}
     for size in sorted({case.get("ranks", "2") for case in cases.values()}):
-        home = tmp_path_factory.mktemp("together")
-        asked, answered = home / "cases.json", home / "results.json"
         theirs = {name: it for name, it in cases.items() if it.get("ranks", "2") == size}
-        asked.write_text(json.dumps(theirs), "utf-8")
-        done = subprocess.run(
-            [sys.executable, LEADER, asked, answered, size],
-            env=environment(home),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert (done.returncode, done.stdout) == (0, ""), done.stderr
-        results |= json.loads(answered.read_text("utf-8"))
+        results |= ask(theirs, int(size), tmp_path_factory.mktemp("together"))
     return results
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exchanging import Sums
-from programs import environment
-from sharded_leader import run
+from sharded_leader import ask, run
 
 from llamachat.kernels.cuda import Cuda
 from llamachat.kernels.cuda.products import FEW
@@ -26,7 +22,6 @@ pytestmark = [
     ),
 ]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-LEADER = Path(__file__).with_name("sharded_leader.py")
 CASES: dict[str, dict[str, str]] = {
     "float32": {"quantize": "none", "dtype": "float32"},
     "bfloat16": {"quantize": "none", "dtype": "bfloat16"},
@@ -64,20 +59,7 @@ def cases(tiny_llama: Callable[..., Path]) -> dict[str, dict[str, str]]:
 def together(
     cases: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    home = tmp_path_factory.mktemp("gpus")
-    asked, answered = home / "cases.json", home / "results.json"
-    asked.write_text(json.dumps(cases), "utf-8")
-    done = subprocess.run(
-        [sys.executable, LEADER, asked, answered, "2"],
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    results: dict[str, Any] = json.loads(answered.read_text("utf-8"))
-    return results
+    return ask(cases, 2, tmp_path_factory.mktemp("gpus"))
 
 
 @two_gpus
