@@ -191,7 +191,7 @@ def test_every_dialect_refuses_or_says_every_setting() -> None:
             try:
                 assert value in dialect.fields(decoding).values()
             except UsageError as error:
-                assert name.replace("_", "-") in error.message  # noqa: PT017
+                assert name.replace("_", "-") in error.message  # noqa: PT017  # either will do
 
 
 def test_probabilities_come_with_the_tokens(api: Api) -> None:

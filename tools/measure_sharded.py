@@ -176,7 +176,7 @@ def together(layers: int, sums: Sequence[str]) -> None:
             print(f"sums: {name}", flush=True)
             report(f"{layers} layers as int4", measure(engine_of(decoder)), torch.load(KEPT))
 
-        share(follower, peers, number, lambda: SUMS[name](device), layers, "int4", whole)  # noqa: B023
+        share(follower, peers, number, lambda: SUMS[name](device), layers, "int4", whole)  # noqa: B023  # called at once
 
 
 def share(

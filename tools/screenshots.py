@@ -27,7 +27,7 @@ from llamachat import settings
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 sys.path.insert(0, str(ROOT / "tests"))
-from programs import LLAMACHAT, environment  # noqa: E402
+from programs import LLAMACHAT, environment  # noqa: E402  # found there
 
 READY = "\x1b[?2004h"  # a line is asked for
 SPEED = re.compile(r"[\d.,]+ tok/s")

@@ -69,7 +69,8 @@ def matching(pattern: str) -> list[Path]:
         raise UsageError(f"{pattern}: is a folder", hint=f"{pattern.rstrip('/')}/* is its files")
     if path.is_file():
         return [path]
-    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+    names = glob.glob(str(path), recursive=True)  # noqa: PTH207  # Path.glob takes no whole path
+    found = [Path(name) for name in sorted(names)]
     files = [path for path in found if path.is_file()]
     if not files:
         raise UsageError(f"{pattern}: no such file")

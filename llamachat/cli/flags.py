@@ -195,7 +195,7 @@ Output = Annotated[
     option("--output", "-o", metavar="FILE", help="The answer goes there, once it is whole."),
 ]
 Stream = Annotated[
-    Optional[bool],  # noqa: UP045
+    Optional[bool],  # noqa: UP045  # as above
     option("--stream/--no-stream", help="Text as it comes [default], or not."),
 ]
 

@@ -6,8 +6,8 @@ import socket
 import sys
 
 import fastapi  # noqa: F401  # found missing before a model is loaded
-import prometheus_client  # noqa: F401
-import uvicorn  # noqa: F401
+import prometheus_client  # noqa: F401  # the same
+import uvicorn  # noqa: F401  # the same
 
 from llamachat.errors import TransferError
 

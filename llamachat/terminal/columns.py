@@ -46,7 +46,8 @@ class Column:
     def skip(self, n: int, console: Console) -> None:
         """So many rows are printed now."""
         self._printed += n
-        for line, rows in zip(self._text[self._first :].split("\n"), self._lines(console)):  # noqa: B905
+        lines = self._text[self._first :].split("\n")
+        for line, rows in zip(lines, self._lines(console), strict=False):
             if self._printed < len(rows):
                 break
             self._printed -= len(rows)

@@ -51,7 +51,7 @@ def converse(
             try:
                 if line.strip() and dialogue.perform(line):
                     return
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001  # the conversation goes on
                 show_failure(error, verbose=verbose)
             except KeyboardInterrupt:  # while a prompt was being written, not yet answered
                 say("[interrupted]")
