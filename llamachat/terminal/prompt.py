@@ -81,6 +81,7 @@ class Line:
                 loop.call_soon(begin)
                 reading.enter_context(waking(lambda: _soon(loop, self._put_aside)))
 
+            self._editing = None
             default, self._aside = self._aside, Document()
             self._app.erase_when_done = False
             return self._session.prompt(default=default, pre_run=pre_run)
@@ -118,11 +119,14 @@ class Line:
             else:
                 event.current_buffer.validate_and_handle()
 
-        @keys.add("c-c")
         @keys.add("<sigint>")
+        def _interrupted(event: KeyPressEvent) -> None:
+            """Ctrl-C at an editor is the editor's, though it may be heard when that has ended."""
+            if self._editing is None:
+                _clear(event)
+
+        @keys.add("c-c")
         def _clear(event: KeyPressEvent) -> None:
-            if self._editing is not None and not self._editing.done():
-                return  # it is the editor's
             if event.current_buffer.text:
                 event.current_buffer.reset()
             else:
