@@ -124,7 +124,7 @@ def sweep(decoder: Decoder, form: str) -> Iterator[str]:
     """Lines of a table: a recorded pass by how it is compiled, kernels of their own first."""
     yield "| warps | KiB of weights on their way | ms of 1, 2, 4, 8 tokens | tok/s | 4 beside 1 |"
     yield "|---|---|---|---|---|"
-    rings = (SHARED_BYTES, 128 << 10, 64 << 10)
+    rings = (SHARED_BYTES, 128 << 10)
     tunings = [Tuning(warps, ring) for warps in (8, 12, 16) for ring in rings]
     for tuning in (None, *tunings):
         steps = {} if tuning is None else dict.fromkeys(PASSES, tuning)

@@ -39,6 +39,7 @@ __all__ = ["Cuda"]
 THREADS = 128
 LARGEST_HEAD = 256  # elements
 STEPPING = 9  # compute capability of GPUs that run a pass as one kernel
+MOST_PASSES = 64  # recorded over a cache: the driver has megabytes of the host's memory for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,8 +296,12 @@ class Cuda(reference.Reference):
                 return forward(static)
 
         shape = Shape.of(batch)
-        if known := passes.get(shape):
+        if known := passes.pop(shape, None):
+            passes[shape] = known  # the latest
             return known.replay(noted, batch, self._pool)
+        if len(passes) >= MOST_PASSES:
+            torch.cuda.current_stream(self.device).synchronize()
+            del passes[next(iter(passes))]
         passes[shape] = Pass(shape, self._steps, self.device)
         return passes[shape].run(noted, batch)
 

@@ -9,8 +9,9 @@
 // A product's unit is 32 rows, or 32 of gate and of up. Units are dealt to blocks in turn, and the
 // next phase begins where the last one ended, so that blocks have the same to read in the long run.
 // A stage of the ring has four boxes of a unit, for the four warps of a team; teams take turns.
-// Compiled for FORMS, TOKENS, WARPS (that multiply), STAGES, TABLES (0: of floats, 1: scales, 2: and
-// minima), HEAD_DIM, HEADS and CACHE.
+// Stages on their way at once are fewer, or whatever else a block asks of memory would wait behind them.
+// Compiled for FORMS, TOKENS, WARPS (that multiply), STAGES, FLYING, TABLES (0: of floats, 1: scales, 2: and
+// minima), NEAR (bytes of a phase's activations), HEAD_DIM, HEADS and CACHE.
 #include "attention.cuh"
 #include "matrix.cuh"
 
@@ -112,6 +113,10 @@ __device__ __forceinline__ void fetch_rows(const Part& p, const Map (&maps)[3], 
         uint64_t* filled = full + ring.slot();
         uint8_t* to = ring.at();
         barrier_wait(empty + ring.slot(), ring.round() ^ 1);
+        if (ring.n >= FLYING) {
+            const Turn<STAGES> landed{ring.n - FLYING};
+            barrier_wait(full + landed.slot(), landed.round());
+        }
         barrier_expect(filled, boxes * kBoxSize + tables * kBoxRows * table_bytes);
         for (int box = 0; box < boxes; ++box)
             copy_box(to + box * kBoxSize, &maps[0], from + box * kBoxBytes, row, filled);
@@ -234,9 +239,12 @@ __device__ __forceinline__ void multiply(const Work& work, Grid& grid, Ring& rin
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const auto source = [&](int t) { return MODE == kStore && a.wanted != nullptr ? a.wanted[t] : t; };
     Partials* partials = both_partials();
-    const Feed feed(a.x, a.tokens, source);
     grid.wait();
-    const float squares = warp < a.tokens ? lane_squares(a.x, source(warp)) : 0.0f;
+    const Near near(reinterpret_cast<uint8_t*>(partials + 2), a);
+    if (NEAR) bring_near<kThreads>(a, near, source);
+    const Feed feed = NEAR ? Feed(near, a.x.blocks, a.tokens) : Feed(a.x, a.tokens, source);
+    float squares = 0;
+    if (!NEAR && warp < a.tokens) squares = lane_squares(a.x, source(warp));
     for (int unit = first_unit(work); unit < work.units; unit += gridDim.x, ++turn.n) {
         Partials& sums_of = partials[turn.slot()];
         Place place{};
@@ -257,6 +265,7 @@ __device__ __forceinline__ void multiply(const Work& work, Grid& grid, Ring& rin
         const int end = (MODE == kSwiglu ? 0 : rows_before) + a.parts[place.part].rows;
         if (warp < a.tokens) {
             const Beside beside = read_beside<MODE>(a, warp, row, end);
+            if (NEAR && a.x.squares != nullptr) squares = lane_sum(near.squares + warp * near.stride, a.x.blocks);
             const float factor = norm_factor(a.x, squares);
             barrier_wait(summed + turn.slot(), turn.round());
             const float value = added(sums_of[0][warp]) * factor;
@@ -286,8 +295,10 @@ __device__ __forceinline__ void consume(const Step& step) {
     Grid grid(step.arrived);
     Ring ring{};
     Turn<2> turn{};
+    uint4 next = read_work(step, 0, threadIdx.x);
     for (int i = 0; i < step.n_phases; ++i) {
-        write_work(work, threadIdx.x, read_work(step, i, threadIdx.x));
+        write_work(work, threadIdx.x, next);
+        next = read_work(step, i + 1, threadIdx.x);
         sync_first<kThreads>();
         if (work.op == kStore) multiply<kStore>(work, grid, ring, turn);
         if (work.op == kAdd) multiply<kAdd>(work, grid, ring, turn);

@@ -38,11 +38,15 @@ class Tuning:
 
     Attributes:
         warps: that multiply; a multiple of 4.
-        ring_bytes: of weights on their way, at most.
+        ring_bytes: of weights on their way or waiting to be multiplied, at most.
+        flying: stages of the ring that are on their way at once, at most.
+        near_bytes: of activations in shared memory, at most; else they are read where they are.
     """
 
     warps: int
     ring_bytes: int = SHARED_BYTES
+    flying: int = 4
+    near_bytes: int = 72 << 10
 
 
 # By tokens of a pass, up to which; none: passes are kernels of their own. Not measured yet.
@@ -95,18 +99,27 @@ class Steps:
         self._shape: dict[str, int] = {}  # of attention
         self._tokens = 0
         self._is_noting = False
+        # Memory that a pass lets go while it is noted is written when it runs. What it is told must
+        # not lie there: it comes from another stream's memory, or, as nothing is allocated for
+        # another stream while one is recorded, from before the record's first phase.
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._room: Tensor | None = None
+        self._noted_bytes = self._most_bytes = 0  # of a pass
         self._unsent: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
     def noting(self, tokens: int) -> Iterator[None]:
         """A pass of so many tokens is inside; its phases are launched at the end at the latest."""
         self._is_noting = tokens <= max(self._tuned, default=0)
-        self._tokens, self._shape = tokens, {}
+        self._tokens, self._shape, self._noted_bytes = tokens, {}, 0
+        if self._is_noting and self._is_recording():
+            self._room = self._bytes(self._most_bytes)
         try:
             yield
             self.flush()
         finally:
             self._is_noting = False
+            self._room = None
             self._phases.clear()
 
     def kernel(self, source: str, name: str, **defines: object) -> Launch:
@@ -141,10 +154,14 @@ class Steps:
                 phase.first = first % self._processors
                 first += phase.units
         host = torch.frombuffer(bytearray(phases), dtype=torch.uint8)
-        sent = torch.empty(len(host), dtype=torch.uint8, device=self._device)
-        if sent.is_cuda and torch.cuda.is_current_stream_capturing():
+        if self._room is not None:
+            sent, self._room = self._room[: len(host)], self._room[len(host) :]
             self._unsent.append((sent, host))
         else:
+            self._noted_bytes += len(host)
+            self._most_bytes = max(self._most_bytes, self._noted_bytes)
+            with torch.cuda.stream(self._beside):  # nothing without a GPU
+                sent = self._bytes(len(host))
             sent.copy_(host)
         self._launch(sent, phases)
 
@@ -155,6 +172,12 @@ class Steps:
         kept = [sent for sent, _ in self._unsent]
         self._unsent.clear()
         return kept
+
+    def _bytes(self, n: int) -> Tensor:
+        return torch.empty(n, dtype=torch.uint8, device=self._device)
+
+    def _is_recording(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _op(self, source: str, name: str, defines: Mapping[str, object]) -> int | None:
         if not self._is_noting:
@@ -218,20 +241,34 @@ class Steps:
         stage_bytes = (BOXES * BOX_BYTES + tables * max(TABLE_BYTES.values())) * BLOCK
         partials = 4 * 2 * 2 * tokens * tuning.warps * BLOCK  # float32, of two units, gate and up
         static = 4 * shape["HEAD_DIM"] * (tuning.warps + shape["HEADS"]) + STATIC_BYTES
-        room = min(SHARED_BYTES - ALIGNMENT - static - partials, tuning.ring_bytes)
+        near = max((_near_bytes(it, tokens) for it in products), default=0)
+        near = near if near <= tuning.near_bytes else 0
+        room = min(SHARED_BYTES - ALIGNMENT - static - partials - near, tuning.ring_bytes)
         stages = room // stage_bytes
         kernel = self._compiler.cooperative(
             "step.cu",
             "run_step",
-            stages * stage_bytes + partials + ALIGNMENT,
+            stages * stage_bytes + partials + near + ALIGNMENT,
             FORMS=" ".join(f"X({form})" for form in sorted({part.form for part in parts})),
             TOKENS=tokens,
             WARPS=tuning.warps,
             STAGES=stages,
+            FLYING=min(tuning.flying, stages),
             TABLES=tables,
+            NEAR=near,
             **shape,
         )
         args = structures.Step(
             phases=sent.data_ptr(), arrived=self._arrived.data_ptr(), n_phases=len(phases)
         )
         kernel((self._processors,), (tuning.warps + 1) * 32, args)
+
+
+def _near_bytes(product: structures.Linear, tokens: int) -> int:
+    """What a block needs to have its activations near (matrix.cuh, Near)."""
+    kinds = {part.form % weights.MIN for part in product.parts[: product.n_parts]}
+    floats = set(weights.FLOATS.values())
+    blocks = product.x.blocks
+    row = 4 * (blocks + 4)  # of squares, scales and sums
+    coded = BLOCK * (blocks + 1) + 2 * row if kinds - floats else 0
+    return tokens * (row + coded + (4 * BLOCK * blocks + 32 if kinds & floats else 0))
