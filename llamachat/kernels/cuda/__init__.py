@@ -39,7 +39,7 @@ __all__ = ["Cuda"]
 THREADS = 128
 LARGEST_HEAD = 256  # elements
 STEPPING = 9  # compute capability of GPUs that run a pass as one kernel
-MOST_PASSES = 64  # recorded over a cache: the driver has megabytes of the host's memory for each
+MOST_PASSES = 32  # recorded over a cache: the driver has megabytes of the host's memory for each
 
 
 @dataclass(frozen=True, slots=True)
