@@ -83,13 +83,13 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class Span:
     """One row's share of a pass: which tokens ask, which slots answer, and who sees what."""
 
     tokens: slice | Tensor  # of T
     slots: slice | Tensor  # S of the cache's, in order
-    mask: Tensor | None  # (T, S) bool; None: every token sees all S
-    causal: bool  # token i sees the first i + 1 of S = T
+    mask: Tensor | None  # (T, S) bool; None: every token sees all S, or T = S
+    causal: bool  # token i sees the first S - T + i + 1
 
 
 class Reference:
@@ -116,7 +116,7 @@ class Reference:
         self.activation_bits = activation_bits
         self._blocks = self.device.type == "cpu" and _has_blocked_linear(dtype)
         self._stored: slice | Tensor = slice(0)  # where this pass's keys and values go
-        self._spans: tuple[_Span, ...] = ()
+        self._spans: tuple[Span, ...] = ()
 
     def pack(
         self,
@@ -251,12 +251,28 @@ class Reference:
         """Turned queries (T, H, E) over what their rows have stored: (T, H, E)."""
         if len(self._spans) == 1:
             span = self._spans[0]
-            return _attend(q, *cache.read(layer, span.slots), span)
+            return self._attend(q, *cache.read(layer, span.slots), span)
         out = torch.empty_like(q)
         for span in self._spans:
             seen = cache.read(layer, span.slots)
-            out[span.tokens] = _attend(q[span.tokens], *seen, span)
+            out[span.tokens] = self._attend(q[span.tokens], *seen, span)
         return out
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """softmax(q k^T / sqrt(E)) v for one row: q (T, H, E), keys and values (K, S, E)."""
+        k, v = keys.unsqueeze(0), values.unsqueeze(0)  # (1, K, S, E)
+        if q.shape[0] == 1:  # the heads that share a key are the queries: no copy of keys
+            out = F.scaled_dot_product_attention(q.view(1, k.shape[1], -1, q.shape[2]), k, v)
+            return out.view(q.shape)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),  # (1, H, T, E)
+            k,
+            v,
+            attn_mask=span.mask,
+            is_causal=span.causal and span.mask is None,
+            enable_gqa=True,
+        )
+        return out.squeeze(0).transpose(0, 1)
 
     def _norm(self, h: Tensor, norm: Norm) -> Tensor:
         scale = torch.rsqrt(h.square().mean(-1, keepdim=True).add_(norm.eps))
@@ -320,24 +336,7 @@ def _rotate(x: Tensor, angles: Angles) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, span: _Span) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v for one row: q (T, H, E), keys and values (K, S, E)."""
-    k, v = keys.unsqueeze(0), values.unsqueeze(0)  # (1, K, S, E)
-    if q.shape[0] == 1:  # the heads that share a key are the queries: no copy of keys
-        out = F.scaled_dot_product_attention(q.view(1, k.shape[1], -1, q.shape[2]), k, v)
-        return out.view(q.shape)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),  # (1, H, T, E)
-        k,
-        v,
-        attn_mask=span.mask,
-        is_causal=span.causal,
-        enable_gqa=True,
-    )
-    return out.squeeze(0).transpose(0, 1)
-
-
-def _spans(batch: Batch, device: torch.device) -> Iterator[_Span]:
+def _spans(batch: Batch, device: torch.device) -> Iterator[Span]:
     """Sort a pass by rows; masks are made on `device`."""
     row_of = batch.row.tolist()
     for row in sorted(set(row_of)):
@@ -345,14 +344,12 @@ def _spans(batch: Batch, device: torch.device) -> Iterator[_Span]:
         seen = batch.seen[tokens]
         longest = int(seen.max())
         slots = _as_slice(batch.table[row, :longest])
-        if int(seen.min()) == longest:
-            yield _Span(_as_slice(tokens), slots, mask=None, causal=False)
-        elif torch.equal(seen.long(), torch.arange(1, longest + 1)):
-            yield _Span(_as_slice(tokens), slots, mask=None, causal=True)
-        else:
+        causal = torch.equal(seen.long(), torch.arange(longest - len(seen), longest) + 1)
+        mask = None
+        if int(seen.min()) < longest and not (causal and len(seen) == longest):
             there = seen.to(device, non_blocking=True)  # the passes before are not waited for
             mask = torch.arange(longest, device=device) < there.unsqueeze(1)
-            yield _Span(_as_slice(tokens), slots, mask, causal=False)
+        yield Span(_as_slice(tokens), slots, mask, causal=causal and len(seen) > 1)
 
 
 def _as_slice(index: Tensor) -> slice | Tensor:

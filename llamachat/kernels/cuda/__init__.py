@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llamachat.errors import UsageError, WillNotFitError
 from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Norm, Weight, reference
@@ -31,6 +32,7 @@ from llamachat.kernels.cuda.staging import Stage
 from llamachat.kernels.cuda.step import TUNED, Steps, Tuning
 from llamachat.kernels.cuda.weights import Packed, pack
 from llamachat.kernels.peers import Peers
+from llamachat.kernels.reference import Span
 from llamachat.quant.form import BITSANDBYTES, Form
 from llamachat.quant.tensor import QTensor
 
@@ -39,7 +41,9 @@ __all__ = ["Cuda"]
 THREADS = 128
 LARGEST_HEAD = 256  # elements
 STEPPING = 9  # compute capability of GPUs that run a pass as one kernel
-MOST_PASSES = 32  # recorded over a cache: the driver has megabytes of the host's memory for each
+MOST_PASSES = 64  # recorded over a cache; beyond, the one that was not used for longest goes
+# cuDNN's is not among them: it makes a plan for each new length (40 ms), and keeps it (a megabyte).
+SOFTMAX = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +289,19 @@ class Cuda(reference.Reference):
         if self.dtype != torch.bfloat16:
             return super()._norm(h, norm)
         return self._prompts.norm(h, norm)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """As flash attention where that can be."""
+        size = q.shape[2]
+        if span.mask is None or not span.causal or q.dtype != torch.bfloat16 or size % 8:
+            with sdpa_kernel(SOFTMAX):
+                return super()._attend(q, keys, values, span)
+        k, v = keys.unsqueeze(0), values.unsqueeze(0)
+        # for torch's own call the first query sees one key; for this, the last query sees all
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            q.transpose(0, 1).unsqueeze(0), k, v, is_causal=True
+        )[0]
+        return out.squeeze(0).transpose(0, 1)
 
     def _few(
         self, forward: Callable[[Batch], Tensor], batch: Batch, passes: dict[Shape, Pass]

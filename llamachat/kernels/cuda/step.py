@@ -102,7 +102,11 @@ class Steps:
         # Memory that a pass lets go while it is noted is written when it runs. What it is told must
         # not lie there: it comes from another stream's memory, or, as nothing is allocated for
         # another stream while one is recorded, from before the record's first phase.
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._beside = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+            if device.type == "cuda"
+            else None
+        )
         self._room: Tensor | None = None
         self._noted_bytes = self._most_bytes = 0  # of a pass
         self._unsent: list[tuple[Tensor, Tensor]] = []
@@ -268,7 +272,7 @@ def _near_bytes(product: structures.Linear, tokens: int) -> int:
     """What a block needs to have its activations near (matrix.cuh, Near)."""
     kinds = {part.form % weights.MIN for part in product.parts[: product.n_parts]}
     floats = set(weights.FLOATS.values())
-    blocks = product.x.blocks
+    blocks = int(product.x.blocks)
     row = 4 * (blocks + 4)  # of squares, scales and sums
     coded = BLOCK * (blocks + 1) + 2 * row if kinds - floats else 0
     return tokens * (row + coded + (4 * BLOCK * blocks + 32 if kinds & floats else 0))
