@@ -34,8 +34,8 @@ pytestmark = [
     ),
 ]
 
-# Sums come in another order, and for float weights an activation is two bfloat16: some codes fall to the
-# other side of a half, each 8e-4 of the norm of 512.
+# Sums come in another order, and for float weights an activation is two bfloat16: some codes fall
+# to the other side of a half, each 8e-4 of the norm of 512.
 CODES = 1e-2
 STEPS = {tokens: Tuning(8) for tokens in (1, 2, 4, 8)}
 FORMS = ["4 bits", "shifted", "8 bits", "4 bits with minimum", "8 bits with minimum", "bfloat16"]

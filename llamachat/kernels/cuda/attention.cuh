@@ -11,7 +11,8 @@ constexpr int kLanes = HEAD_DIM <= 8 ? 1 : HEAD_DIM <= 16 ? 2 : HEAD_DIM <= 32 ?
     : HEAD_DIM <= 128 ? 16 : 32;
 constexpr int kEntries = kWarp / kLanes;    // of a warp at once
 constexpr int kWarps = WARPS;
-constexpr int kAhead = (HEADS > 1 ? 2 : 4) / (CACHE == kF32 ? 2 : 1);  // entries of a lane on their way
+// Entries of a lane on their way: 256 of a block of 16 warps that is one head's, which has no split then.
+constexpr int kAhead = (HEADS > 1 ? 2 : WARPS > 12 ? 8 : 4) / (CACHE == kF32 ? 2 : 1);
 constexpr int kHalf = HEAD_DIM / 2;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeast = -1e30f;

@@ -79,13 +79,7 @@ __device__ __forceinline__ void store_normed(const Acts& to, int64_t t, int bloc
     if (threadIdx.x % kWarp == 0) to.squares[t * to.blocks + block] = squares;
 }
 
-// A lane's part of a token's squares, and what products with it are to be multiplied with.
-__device__ __forceinline__ float lane_sum(const float* squares, int blocks) {
-    float sum = 0;
-    for (int i = threadIdx.x % kWarp; i < blocks; i += kWarp) sum += squares[i];
-    return sum;
-}
-
+// A lane's part of the squares of token `t`, and what products with it are to be multiplied with.
 __device__ __forceinline__ float lane_squares(const Acts& x, int64_t t) {
     float sum = 0;
     if (x.squares == nullptr) return sum;

@@ -29,77 +29,13 @@ struct Sums {
     float of[4][kColumns];
 };
 
-// Activations of a phase where a block has room for them, NEAR bytes of shared memory; without them (0)
-// they are read where they are. Of each token squares (blocks), and codes (blocks, 32), scales and sums
-// (blocks); or, for floats, pairs of values as two pairs of bfloat16 whose sum they are, which leaves an
-// error of 2^-17. Tokens begin in different banks.
-struct Near {
-    float* squares;
-    uint8_t* codes;
-    float* scales;
-    int* sums;
-    uint2* values;
-    int codes_stride, stride, values_stride;
-
-    __device__ Near(uint8_t* to, const Linear& a) {
-        bool is_coded = false;
-        for (int i = 0; i < a.n_parts; ++i) is_coded |= a.parts[i].form % kKinds < kFloat16;
-        const int blocks = a.x.blocks, tokens = is_coded ? a.tokens : 0;
-        codes_stride = blocks * kBlock + 32;
-        stride = blocks + 4;
-        values_stride = blocks * kBlock / 2 + 4;
-        squares = reinterpret_cast<float*>(to);
-        codes = reinterpret_cast<uint8_t*>(squares + a.tokens * stride);
-        scales = reinterpret_cast<float*>(codes + tokens * codes_stride);
-        sums = reinterpret_cast<int*>(scales + tokens * stride);
-        values = reinterpret_cast<uint2*>(sums + tokens * stride);
-    }
-};
-
-__device__ __forceinline__ uint2 halves_of(const float2& v) {
-    const uint32_t high = pack_bfloat16(v.x, v.y);
-    return {high, pack_bfloat16(v.x - of_bfloat16(high & 0xFFFF), v.y - of_bfloat16(high >> 16))};
-}
-
-// By THREADS threads, as far as the parts of `a` need them.
-template <int THREADS, class Source>
-__device__ __forceinline__ void bring_near(const Linear& a, const Near& to, Source source) {
-    const Acts& x = a.x;
-    const bool is_coded = to.values != reinterpret_cast<uint2*>(to.codes);
-    bool has_values = false;
-    for (int i = 0; i < a.n_parts; ++i) has_values |= a.parts[i].form % kKinds >= kFloat16;
-    for (int t = 0; t < a.tokens; ++t) {
-        const int64_t from = static_cast<int64_t>(source(t)) * x.blocks;
-        for (int i = threadIdx.x; x.squares != nullptr && i < x.blocks; i += THREADS)
-            to.squares[t * to.stride + i] = __ldcg(x.squares + from + i);
-        if (is_coded) {
-            const uint4* codes = reinterpret_cast<const uint4*>(x.codes) + 2 * from;
-            uint4* near = reinterpret_cast<uint4*>(to.codes + t * to.codes_stride);
-            for (int i = threadIdx.x; i < 2 * x.blocks; i += THREADS)
-                near[i < x.blocks ? 2 * i : 2 * (i - x.blocks) + 1] = __ldcg(codes + i);
-            for (int i = threadIdx.x; i < x.blocks; i += THREADS) {
-                to.scales[t * to.stride + i] = __ldcg(x.scales + from + i);
-                to.sums[t * to.stride + i] = __ldcg(x.sums + from + i);
-            }
-        }
-        if (has_values) {
-            const float2* values = reinterpret_cast<const float2*>(x.values + from * kBlock);
-            for (int i = threadIdx.x; i < x.blocks * kBlock / 2; i += THREADS)
-                to.values[t * to.values_stride + i] = halves_of(__ldcg(values + i));
-        }
-    }
-    sync_first<THREADS>();
-}
-
 // Activations as a lane reads them: of token lane / 4 of eight, and what belongs to its sums. Columns
 // of the multiplication that no token has repeat the last one.
 struct Feed {
     const uint8_t* codes;
     const float* values;
-    const uint2* halves;  // near, instead
     const float* scales[kColumns];
     const int* sums[kColumns];
-    int second;  // bytes from the first half of a block's codes to the second
     int blocks;
 
     template <class Source>
@@ -107,7 +43,6 @@ struct Feed {
         const int lane = threadIdx.x % kWarp;
         const int64_t from = static_cast<int64_t>(source(min(lane / 4, tokens - 1))) * blocks;
         codes = x.codes + 2 * from * 16;
-        second = blocks * 16;
         values = x.values + from * kBlock;
         for (int i = 0; i < kColumns; ++i) {
             const int64_t to = static_cast<int64_t>(source(min(lane % 4 * 2 + i, tokens - 1))) * blocks;
@@ -115,52 +50,35 @@ struct Feed {
             sums[i] = x.sums + to;
         }
     }
-
-    __device__ Feed(const Near& near, int n_blocks, int tokens) : blocks(n_blocks) {
-        const int lane = threadIdx.x % kWarp, token = min(lane / 4, tokens - 1);
-        codes = near.codes + token * near.codes_stride;
-        second = 16;
-        halves = near.values + token * near.values_stride;
-        for (int i = 0; i < kColumns; ++i) {
-            const int to = min(lane % 4 * 2 + i, tokens - 1) * near.stride;
-            scales[i] = near.scales + to;
-            sums[i] = near.sums + to;
-        }
-    }
 };
 
+// Whoever has waited for other blocks (`Grid`) sees what they wrote, in the first cache too.
 struct Span {  // four blocks, as a lane gives them to the multiplication
     uint32_t codes[4][2];
     float4 scales[kColumns];
     int4 sums[kColumns];
 };
 
-// Whoever has waited for other blocks (`Grid`) sees what they wrote, in the first cache too.
-template <class T>
-__device__ __forceinline__ T read_act(const void* from) {
-    return *reinterpret_cast<const T*>(from);
-}
-
 template <int FORM>
 __device__ __forceinline__ Span read_span(const Feed& x, int first) {
-    const int c = threadIdx.x % 4, block = NEAR ? kBlock : 16;  // bytes
-    const uint8_t* codes = x.codes + first * block + (Box<FORM>::is_four ? c / 2 * x.second + c % 2 * 8 : c * 4);
+    const int c = threadIdx.x % 4, half = x.blocks * 16;  // of a token's codes
+    const uint8_t* codes = x.codes + first * 16 + (Box<FORM>::is_four ? c / 2 * half + c % 2 * 8 : c * 4);
     Span span;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const uint8_t* at = codes + j * block;
+        const uint8_t* at = codes + j * 16;
         if constexpr (Box<FORM>::is_four) {
-            const uint2 both = read_act<uint2>(at);
+            const uint2 both = *reinterpret_cast<const uint2*>(at);
             span.codes[j][0] = both.x, span.codes[j][1] = both.y;
         } else {
-            span.codes[j][0] = read_act<uint32_t>(at);
-            span.codes[j][1] = read_act<uint32_t>(at + x.second);
+            span.codes[j][0] = *reinterpret_cast<const uint32_t*>(at);
+            span.codes[j][1] = *reinterpret_cast<const uint32_t*>(at + half);
         }
     }
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-        span.scales[i] = read_act<float4>(x.scales[i] + first);
-        if (Box<FORM>::has_sums) span.sums[i] = read_act<int4>(x.sums[i] + first);
+        span.scales[i] = *reinterpret_cast<const float4*>(x.scales[i] + first);
+        if (Box<FORM>::has_sums) span.sums[i] = *reinterpret_cast<const int4*>(x.sums[i] + first);
     }
     return span;
 }
@@ -282,7 +200,7 @@ __device__ __forceinline__ void multiply_span(
     }
 }
 
-// Two blocks of bfloat16: an activation is the sum of two.
+// Two blocks of bfloat16: an activation is the sum of two, which leaves an error of 2^-17.
 __device__ __forceinline__ void multiply_floats(const uint8_t* box, const Feed& x, int first, Sums& sums) {
     const int lane = threadIdx.x % kWarp;
     float products[2][4] = {};
@@ -291,10 +209,10 @@ __device__ __forceinline__ void multiply_floats(const uint8_t* box, const Feed& 
         uint32_t high[2], low[2];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const int pair = (first * kBlock + j * 16 + k * 8) / 2 + lane % 4;
-            const uint2 both = NEAR ? x.halves[pair]
-                                    : halves_of(reinterpret_cast<const float2*>(x.values)[pair]);
-            high[k] = both.x, low[k] = both.y;
+            const float* at = x.values + first * kBlock + j * 16 + k * 8 + lane % 4 * 2;
+            const float2 v = *reinterpret_cast<const float2*>(at);
+            high[k] = pack_bfloat16(v.x, v.y);
+            low[k] = pack_bfloat16(v.x - of_bfloat16(high[k] & 0xFFFF), v.y - of_bfloat16(high[k] >> 16));
         }
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {

@@ -11,7 +11,7 @@
 // A stage of the ring has four boxes of a unit, for the four warps of a team; teams take turns.
 // Stages on their way at once are fewer, or whatever else a block asks of memory would wait behind them.
 // Compiled for FORMS, TOKENS, WARPS (that multiply), STAGES, FLYING, TABLES (0: of floats, 1: scales, 2: and
-// minima), NEAR (bytes of a phase's activations), HEAD_DIM, HEADS and CACHE.
+// minima), HEAD_DIM, HEADS and CACHE.
 #include "attention.cuh"
 #include "matrix.cuh"
 
@@ -239,12 +239,9 @@ __device__ __forceinline__ void multiply(const Work& work, Grid& grid, Ring& rin
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const auto source = [&](int t) { return MODE == kStore && a.wanted != nullptr ? a.wanted[t] : t; };
     Partials* partials = both_partials();
+    const Feed feed(a.x, a.tokens, source);
     grid.wait();
-    const Near near(reinterpret_cast<uint8_t*>(partials + 2), a);
-    if (NEAR) bring_near<kThreads>(a, near, source);
-    const Feed feed = NEAR ? Feed(near, a.x.blocks, a.tokens) : Feed(a.x, a.tokens, source);
-    float squares = 0;
-    if (!NEAR && warp < a.tokens) squares = lane_squares(a.x, source(warp));
+    const float squares = warp < a.tokens ? lane_squares(a.x, source(warp)) : 0.0f;
     for (int unit = first_unit(work); unit < work.units; unit += gridDim.x, ++turn.n) {
         Partials& sums_of = partials[turn.slot()];
         Place place{};
@@ -265,7 +262,6 @@ __device__ __forceinline__ void multiply(const Work& work, Grid& grid, Ring& rin
         const int end = (MODE == kSwiglu ? 0 : rows_before) + a.parts[place.part].rows;
         if (warp < a.tokens) {
             const Beside beside = read_beside<MODE>(a, warp, row, end);
-            if (NEAR && a.x.squares != nullptr) squares = lane_sum(near.squares + warp * near.stride, a.x.blocks);
             const float factor = norm_factor(a.x, squares);
             barrier_wait(summed + turn.slot(), turn.round());
             const float value = added(sums_of[0][warp]) * factor;

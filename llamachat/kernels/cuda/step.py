@@ -40,13 +40,13 @@ class Tuning:
         warps: that multiply; a multiple of 4.
         ring_bytes: of weights on their way or waiting to be multiplied, at most.
         flying: stages of the ring that are on their way at once, at most.
-        near_bytes: of activations in shared memory, at most; else they are read where they are.
+        kinds: of weights; with others, passes are kernels of their own.
     """
 
     warps: int
     ring_bytes: int = SHARED_BYTES
     flying: int = 4
-    near_bytes: int = 72 << 10
+    kinds: frozenset[int] = frozenset(TABLE_BYTES)
 
 
 # By tokens of a pass, up to which; none: passes are kernels of their own. Not measured yet.
@@ -177,6 +177,12 @@ class Steps:
         self._unsent.clear()
         return kept
 
+    def _compiled_tokens(self) -> int:
+        return next(n for n in sorted(self._tuned) if n >= self._tokens)
+
+    def _tuning(self) -> Tuning:
+        return self._tuned[self._compiled_tokens()]
+
     def _bytes(self, n: int) -> Tensor:
         return torch.empty(n, dtype=torch.uint8, device=self._device)
 
@@ -215,7 +221,7 @@ class Steps:
 
     def _maps(self, part: structures.Part) -> list[structures.Map] | None:
         kind = part.form % weights.MIN
-        if kind not in TABLE_BYTES or part.form & weights.FINE or part.shift:
+        if kind not in self._tuning().kinds or part.form & weights.FINE or part.shift:
             return None
         matrix, rows = self._compiler.matrix, part.rows
         row_bytes = part.units * UNIT_BYTES
@@ -236,8 +242,7 @@ class Steps:
         self._phases.append(phase)
 
     def _launch(self, sent: Tensor, phases: ctypes.Array[structures.Phase]) -> None:
-        tokens = next(n for n in sorted(self._tuned) if n >= self._tokens)
-        tuning = self._tuned[tokens]
+        tokens, tuning = self._compiled_tokens(), self._tuning()
         products = [phase.linear for phase in phases if phase.op < KEEP]
         parts = [part for it in products for part in it.parts[: it.n_parts]]
         tables = max((bool(part.scales) + bool(part.mins) for part in parts), default=0)
@@ -245,34 +250,21 @@ class Steps:
         stage_bytes = (BOXES * BOX_BYTES + tables * max(TABLE_BYTES.values())) * BLOCK
         partials = 4 * 2 * 2 * tokens * tuning.warps * BLOCK  # float32, of two units, gate and up
         static = 4 * shape["HEAD_DIM"] * (tuning.warps + shape["HEADS"]) + STATIC_BYTES
-        near = max((_near_bytes(it, tokens) for it in products), default=0)
-        near = near if near <= tuning.near_bytes else 0
-        room = min(SHARED_BYTES - ALIGNMENT - static - partials - near, tuning.ring_bytes)
+        room = min(SHARED_BYTES - ALIGNMENT - static - partials, tuning.ring_bytes)
         stages = room // stage_bytes
         kernel = self._compiler.cooperative(
             "step.cu",
             "run_step",
-            stages * stage_bytes + partials + near + ALIGNMENT,
+            stages * stage_bytes + partials + ALIGNMENT,
             FORMS=" ".join(f"X({form})" for form in sorted({part.form for part in parts})),
             TOKENS=tokens,
             WARPS=tuning.warps,
             STAGES=stages,
             FLYING=min(tuning.flying, stages),
             TABLES=tables,
-            NEAR=near,
             **shape,
         )
         args = structures.Step(
             phases=sent.data_ptr(), arrived=self._arrived.data_ptr(), n_phases=len(phases)
         )
         kernel((self._processors,), (tuning.warps + 1) * 32, args)
-
-
-def _near_bytes(product: structures.Linear, tokens: int) -> int:
-    """What a block needs to have its activations near (matrix.cuh, Near)."""
-    kinds = {part.form % weights.MIN for part in product.parts[: product.n_parts]}
-    floats = set(weights.FLOATS.values())
-    blocks = int(product.x.blocks)
-    row = 4 * (blocks + 4)  # of squares, scales and sums
-    coded = BLOCK * (blocks + 1) + 2 * row if kinds - floats else 0
-    return tokens * (row + coded + (4 * BLOCK * blocks + 32 if kinds & floats else 0))
