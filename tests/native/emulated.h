@@ -83,6 +83,7 @@ inline float __uint_as_float(uint32_t x) { return emulated::bits_as<float>(x); }
 inline float __int_as_float(int x) { return emulated::bits_as<float>(x); }
 inline uint32_t __float_as_uint(float x) { return emulated::bits_as<uint32_t>(x); }
 template <class T> T __ldcg(const T* from) { return *from; }
+template <class T> T __ldca(const T* from) { return *from; }
 
 inline void __syncthreads() {
     emulated::wait(static_cast<int>(blockDim.x));

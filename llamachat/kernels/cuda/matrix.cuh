@@ -68,17 +68,17 @@ __device__ __forceinline__ Span read_span(const Feed& x, int first) {
     for (int j = 0; j < 4; ++j) {
         const uint8_t* at = codes + j * 16;
         if constexpr (Box<FORM>::is_four) {
-            const uint2 both = *reinterpret_cast<const uint2*>(at);
+            const uint2 both = __ldca(reinterpret_cast<const uint2*>(at));
             span.codes[j][0] = both.x, span.codes[j][1] = both.y;
         } else {
-            span.codes[j][0] = *reinterpret_cast<const uint32_t*>(at);
-            span.codes[j][1] = *reinterpret_cast<const uint32_t*>(at + half);
+            span.codes[j][0] = __ldca(reinterpret_cast<const uint32_t*>(at));
+            span.codes[j][1] = __ldca(reinterpret_cast<const uint32_t*>(at + half));
         }
     }
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-        span.scales[i] = *reinterpret_cast<const float4*>(x.scales[i] + first);
-        if (Box<FORM>::has_sums) span.sums[i] = *reinterpret_cast<const int4*>(x.sums[i] + first);
+        span.scales[i] = __ldca(reinterpret_cast<const float4*>(x.scales[i] + first));
+        if (Box<FORM>::has_sums) span.sums[i] = __ldca(reinterpret_cast<const int4*>(x.sums[i] + first));
     }
     return span;
 }
@@ -210,7 +210,7 @@ __device__ __forceinline__ void multiply_floats(const uint8_t* box, const Feed& 
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const float* at = x.values + first * kBlock + j * 16 + k * 8 + lane % 4 * 2;
-            const float2 v = *reinterpret_cast<const float2*>(at);
+            const float2 v = __ldca(reinterpret_cast<const float2*>(at));
             high[k] = pack_bfloat16(v.x, v.y);
             low[k] = pack_bfloat16(v.x - of_bfloat16(high[k] & 0xFFFF), v.y - of_bfloat16(high[k] >> 16));
         }
