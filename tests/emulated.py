@@ -137,7 +137,7 @@ class Emulated(Cuda):
         """As it is called."""
         self._is_pass = True
         try:
-            with _Keeping(), self._steps.noting(len(batch.ids)):
+            with _Keeping(), self._steps.noting(len(batch.ids), batch.table.shape[1]):
                 return forward(batch)
         finally:
             self._is_pass = False

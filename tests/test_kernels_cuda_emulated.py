@@ -24,7 +24,7 @@ from llamachat.kernels.reference import Reference
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here")
 
 REFERENCE = Reference(activation_bits=8)
-STEPS = {1: Tuning(4, ring_bytes=50_000), 8: Tuning(8)}
+STEPS = {1: Tuning(4, ring_bytes=50_000, entries=1024), 8: Tuning(8, entries=1024)}
 FORMS = ["shifted", "8 bits", "4 bits with minimum", "bfloat16", "4 bits", "8 bits with minimum"]
 # Rows of which some are beyond the last of 32, columns that fill some boxes of a stage, and fewer
 # heads than blocks.

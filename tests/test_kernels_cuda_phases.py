@@ -10,7 +10,7 @@ import torch
 
 from llamachat.kernels.cuda import structures
 from llamachat.kernels.cuda.step import Steps, Tuning
-from llamachat.kernels.cuda.weights import FINE, MIN, PLAIN4
+from llamachat.kernels.cuda.weights import FINE, MIN, PLAIN4, PLAIN8
 
 EIGHT = {8: Tuning(8)}
 
@@ -91,6 +91,23 @@ def test_longer_passes_and_calls_outside_of_one_are_kernels_of_their_own(
     with steps.noting(8):
         multiply(steps)
     assert launches.made == ["linear", "linear", "1 phases from [0]"]
+
+
+def test_a_long_table_leaves_attention_and_all_else_to_kernels_of_their_own(
+    steps: Steps, launches: Launches
+) -> None:
+    for entries in (512, 513, 256):
+        with steps.noting(1, entries):
+            multiply(steps)
+    assert launches.made == ["1 phases from [0]", "linear", "1 phases from [0]"]
+
+
+def test_weights_that_a_step_is_not_for_turn_it_off(launches: Launches) -> None:
+    steps = Steps(launches, torch.device("cpu"), 132, {8: Tuning(8, kinds=frozenset({PLAIN8}))})
+    for form in (PLAIN8, PLAIN4, PLAIN8):
+        with steps.noting(1):
+            multiply(steps, form=form)
+    assert launches.made == ["1 phases from [0]", "linear", "linear"]
 
 
 @pytest.mark.parametrize(

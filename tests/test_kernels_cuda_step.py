@@ -34,10 +34,10 @@ pytestmark = [
     ),
 ]
 
-# Sums come in another order, and for float weights an activation is two bfloat16: some codes fall
-# to the other side of a half, each 8e-4 of the norm of 512.
-CODES = 1e-2
-STEPS = {tokens: Tuning(8) for tokens in (1, 2, 4, 8)}
+# Sums come in another order, and for float weights an activation is two bfloat16: a code may fall
+# to the other side of a half. In a small model that is 2 % of a row's logits, and all that see it.
+ROUNDING, CODES = 1e-5, 5e-2
+STEPS = {tokens: Tuning(8, entries=1024) for tokens in (1, 2, 4, 8)}
 FORMS = ["4 bits", "shifted", "8 bits", "4 bits with minimum", "8 bits with minimum", "bfloat16"]
 # Rows of which some are beyond the last of 32, and columns that fill some boxes of a stage.
 CONFIG = replace(
@@ -79,7 +79,9 @@ def test_a_step_gives_what_kernels_of_their_own_give(form: str, n_tokens: int) -
         Rows(decoder, form="f32").run_text(ids, n_tokens) for decoder in pair(forms, CONFIG)
     )
     assert any(source == "step.cu" for source, *_ in kernels(is_step=True)._compiler._kernels)
-    assert off(found, expected) < CODES
+    rows = [off(*pair) for pair in zip(found, expected, strict=True)]
+    assert min(rows[:n_tokens]) < ROUNDING
+    assert max(rows) < CODES
 
 
 @pytest.mark.parametrize("warps", [4, 12, 16])

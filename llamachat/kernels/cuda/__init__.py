@@ -309,7 +309,7 @@ class Cuda(reference.Reference):
         def noted(static: Batch) -> Tensor:
             if self._exchange is not None:  # between the phases
                 return forward(static)
-            with self._steps.noting(len(static.ids)):
+            with self._steps.noting(len(static.ids), static.table.shape[1]):
                 return forward(static)
 
         shape = Shape.of(batch)

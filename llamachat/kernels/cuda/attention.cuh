@@ -11,8 +11,7 @@ constexpr int kLanes = HEAD_DIM <= 8 ? 1 : HEAD_DIM <= 16 ? 2 : HEAD_DIM <= 32 ?
     : HEAD_DIM <= 128 ? 16 : 32;
 constexpr int kEntries = kWarp / kLanes;    // of a warp at once
 constexpr int kWarps = WARPS;
-// Entries of a lane on their way: 256 of a block of 16 warps that is one head's, which has no split then.
-constexpr int kAhead = (HEADS > 1 ? 2 : WARPS > 12 ? 8 : 4) / (CACHE == kF32 ? 2 : 1);
+constexpr int kAhead = (HEADS > 1 ? 2 : 4) / (CACHE == kF32 ? 2 : 1);  // entries of a lane on their way
 constexpr int kHalf = HEAD_DIM / 2;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeast = -1e30f;
@@ -70,6 +69,52 @@ __device__ __forceinline__ void turned8(const Attention& a, int64_t t, int head,
     }
 }
 
+// Eight elements to row `at` of keys or values; for 8 bits the kLanes lanes of a row act together.
+__device__ __forceinline__ void store8(
+    uint8_t* to, float* scales, int64_t at, int e, bool is_in, const float (&x)[8]) {
+    if constexpr (CACHE == kInt8) {
+        float top = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) top = is_in ? larger(top, fabsf(x[i])) : top;
+#pragma unroll
+        for (int step = kLanes / 2; step > 0; step /= 2) top = larger(top, __shfl_xor_sync(kAll, top, step));
+        float scale = __fdiv_rn(top, 127.0f);
+        if (scale < kTiny) scale = 0;
+        if (!is_in) return;
+        if (e == 0) scales[at] = scale;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            to[at * HEAD_DIM + e + i] =
+                static_cast<uint8_t>(scale == 0 ? 0 : __float2int_rn(__fdiv_rn(x[i], scale)));
+    } else if (is_in) {
+        const int64_t pair = (at * HEAD_DIM + e) / 2;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            if constexpr (CACHE == kF32) {
+                reinterpret_cast<float2*>(to)[pair + i / 2] = make_float2(x[i], x[i + 1]);
+            } else {
+                const uint32_t both = to_bfloat16(x[i]) | to_bfloat16(x[i + 1]) << 16;
+                reinterpret_cast<uint32_t*>(to)[pair + i / 2] = both;
+            }
+        }
+    }
+}
+
+// The key and value of token t for one kv head, by a whole warp of which the first kLanes store.
+__device__ __forceinline__ void append(const Attention& a, int64_t t, int kv_head) {
+    const int e = threadIdx.x % kWarp * 8;
+    const bool is_in = e < HEAD_DIM;
+    float key[8] = {}, value[8] = {};
+    if (is_in) {
+        turned8(a, t, a.heads + kv_head, e, key);
+        const float* v = a.qkv + (t * (a.heads + 2 * a.kv_heads) + a.heads + a.kv_heads + kv_head) * HEAD_DIM;
+        read8(v + e, value);
+    }
+    const int64_t at = kv_head * a.slots + a.slot[t];
+    store8(a.keys, a.key_scales, at, e, is_in, key);
+    store8(a.values, a.value_scales, at, e, is_in, value);
+}
+
 struct Eight {
     uint4 low, high;  // as stored: 32, 16 or 8 bytes
 };
@@ -85,82 +130,6 @@ __device__ __forceinline__ Eight load8(const uint8_t* from, int64_t at) {
         if constexpr (CACHE == kF32) raw.high = *reinterpret_cast<const uint4*>(p + 16);
     }
     return raw;
-}
-
-__device__ __forceinline__ void store8(uint8_t* to, int64_t at, const Eight& raw) {
-    uint8_t* p = to + at * kElement;
-    if constexpr (CACHE == kInt8) {
-        *reinterpret_cast<uint2*>(p) = make_uint2(raw.low.x, raw.low.y);
-    } else {
-        *reinterpret_cast<uint4*>(p) = raw.low;
-        if constexpr (CACHE == kF32) *reinterpret_cast<uint4*>(p + 16) = raw.high;
-    }
-}
-
-// As they are to be stored; for 8 bits the kLanes lanes of a row act together, and zeros are beyond it.
-__device__ __forceinline__ Eight coded8(const float (&x)[8], float& scale) {
-    Eight raw{};
-    uint32_t words[8] = {};
-    if constexpr (CACHE == kInt8) {
-        float top = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) top = larger(top, fabsf(x[i]));
-#pragma unroll
-        for (int step = kLanes / 2; step > 0; step /= 2) top = larger(top, __shfl_xor_sync(kAll, top, step));
-        scale = __fdiv_rn(top, 127.0f);
-        if (scale < kTiny) scale = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int code = scale == 0 ? 0 : __float2int_rn(__fdiv_rn(x[i], scale));
-            words[i / 4] |= static_cast<uint32_t>(code & 0xFF) << (8 * (i % 4));
-        }
-    } else {
-        scale = 1;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if constexpr (CACHE == kF32) words[i] = __float_as_uint(x[i]);
-            else words[i / 2] |= static_cast<uint32_t>(to_bfloat16(x[i])) << (16 * (i % 2));
-        }
-    }
-    raw.low = make_uint4(words[0], words[1], words[2], words[3]);
-    raw.high = make_uint4(words[4], words[5], words[6], words[7]);
-    return raw;
-}
-
-struct Entry {  // of one token and kv head, a lane's eight elements
-    Eight key, value;
-    float key_scale, value_scale;
-};
-
-// What this pass adds, from element `e`, by a whole warp.
-__device__ __forceinline__ Entry new_entry(const Attention& a, int64_t t, int kv_head, int e) {
-    float key[8] = {}, value[8] = {};
-    if (e < HEAD_DIM) {
-        turned8(a, t, a.heads + kv_head, e, key);
-        const float* v = a.qkv + (t * (a.heads + 2 * a.kv_heads) + a.heads + a.kv_heads + kv_head) * HEAD_DIM;
-        read8(v + e, value);
-    }
-    Entry entry;
-    entry.key = coded8(key, entry.key_scale);
-    entry.value = coded8(value, entry.value_scale);
-    return entry;
-}
-
-// By kLanes lanes.
-__device__ __forceinline__ void store_entry(
-    const Attention& a, int64_t t, int kv_head, int e, const Entry& entry) {
-    if (e >= HEAD_DIM) return;
-    const int64_t at = kv_head * a.slots + a.slot[t];
-    store8(a.keys, at * HEAD_DIM + e, entry.key);
-    store8(a.values, at * HEAD_DIM + e, entry.value);
-    if (CACHE == kInt8 && e == 0) a.key_scales[at] = entry.key_scale, a.value_scales[at] = entry.value_scale;
-}
-
-// The key and value of token t for one kv head, by a warp.
-__device__ __forceinline__ void append(const Attention& a, int64_t t, int kv_head) {
-    const int lane = threadIdx.x % kWarp, e = lane % kLanes * 8;
-    const Entry entry = new_entry(a, t, kv_head, e);
-    if (lane < kLanes) store_entry(a, t, kv_head, e, entry);
 }
 
 __device__ __forceinline__ void as_floats(const Eight& raw, float (&out)[8]) {
@@ -204,11 +173,6 @@ __device__ __forceinline__ void read_entry(
         to.values[n] = load8(a.values, at * HEAD_DIM + e);
     }
     if (CACHE == kInt8) to.key_scale[n] = a.key_scales[at], to.value_scale[n] = a.value_scales[at];
-}
-
-__device__ __forceinline__ void add_entry(const Entry& entry, int n, Entries& to) {
-    to.keys[n] = entry.key, to.values[n] = entry.value;
-    to.key_scale[n] = entry.key_scale, to.value_scale[n] = entry.value_scale;
 }
 
 // Those from `base` that are before `end`.
@@ -347,8 +311,6 @@ __device__ __forceinline__ void attend_tile(const Attention& a, int tile, int sp
     Entries entries;
     read_entries(a, table, kv_head, begin, end - is_own, e, entries);
     await();
-    Entry own{};
-    if (is_own) own = new_entry(a, t, kv_head, e);
     float q[HEADS][8] = {};
     State states[HEADS];
     const float scale = kLog2E / sqrtf(static_cast<float>(HEAD_DIM));
@@ -360,14 +322,18 @@ __device__ __forceinline__ void attend_tile(const Attention& a, int tile, int sp
 #pragma unroll
         for (int i = 0; i < 8; ++i) q[h][i] *= scale;
     }
-    for (int base = begin; base < end; base += kWarps * kEntries * kAhead) {
-        if (base > begin) read_entries(a, table, kv_head, base, end - is_own, e, entries);
+    if (is_own) {
+        if (threadIdx.x < kWarp) append(a, t, kv_head);
+        sync_first<kWarps * kWarp>();
 #pragma unroll
-        for (int n = 0; n < kAhead; ++n)
-            if (is_own && entry_of(base, n) == seen - 1) add_entry(own, n, entries);
+        for (int n = 0; n < kAhead; ++n) {
+            if (entry_of(begin, n) == seen - 1) read_entry(a, table, kv_head, seen - 1, e, n, entries);
+        }
+    }
+    for (int base = begin; base < end; base += kWarps * kEntries * kAhead) {
+        if (base > begin) read_entries(a, table, kv_head, base, end, e, entries);
         attend_to(entries, base, end, q, states);
     }
-    if (is_own && threadIdx.x < kLanes) store_entry(a, t, kv_head, e, own);
 #pragma unroll
     for (int h = 0; h < HEADS; ++h)
         store_partial(a, t, kv_head * shared_by + first + h, split, e, states[h], h < n_heads, results[h]);

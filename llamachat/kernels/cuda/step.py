@@ -40,17 +40,21 @@ class Tuning:
         warps: that multiply; a multiple of 4.
         ring_bytes: of weights on their way or waiting to be multiplied, at most.
         flying: stages of the ring that are on their way at once, at most.
+        entries: of the table, at most. Attention over more is another kernel (attention.ALONE), and
+            faster as one of its own, which has twice the warps.
         kinds: of weights; with others, passes are kernels of their own.
     """
 
     warps: int
     ring_bytes: int = SHARED_BYTES
     flying: int = 4
+    entries: int = 512
     kinds: frozenset[int] = frozenset(TABLE_BYTES)
 
 
-# By tokens of a pass, up to which; none: passes are kernels of their own. Not measured yet.
-TUNED: Mapping[int, Tuning] = {}
+# By tokens of a pass, up to which. Others are kernels of their own, which are faster where weights
+# have 4 bits (docs/kernels.md).
+TUNED: Mapping[int, Tuning] = {1: Tuning(8, kinds=frozenset({weights.FLOATS[torch.bfloat16]}))}
 
 
 Launch: TypeAlias = Callable[[tuple[int, ...], int, ctypes.Structure], None]  # grid, threads, args
@@ -112,10 +116,14 @@ class Steps:
         self._unsent: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
-    def noting(self, tokens: int) -> Iterator[None]:
-        """A pass of so many tokens is inside; its phases are launched at the end at the latest."""
+    def noting(self, tokens: int, entries: int = 0) -> Iterator[None]:
+        """A pass of so many tokens, over a table of so many entries, is inside.
+
+        Its phases are launched at the end at the latest.
+        """
         self._is_noting = tokens <= max(self._tuned, default=0)
         self._tokens, self._shape, self._noted_bytes = tokens, {}, 0
+        self._is_noting = self._is_noting and entries <= self._tuning().entries
         if self._is_noting and self._is_recording():
             self._room = self._bytes(self._most_bytes)
         try:
