@@ -49,7 +49,12 @@ CASES: dict[str, dict[str, str]] = {
         "shape": "grouped heads", "backend": "native", "quantize": "none", "dtype": "bfloat16",
     },
     "three": {"shape": "six heads", "backend": "native", "ranks": "3", **FLOATS},
+    "queued": {"shape": "grouped heads", "backend": "reference", "queues": "yes", **FLOATS},
+    "three queued": {
+        "shape": "six heads", "backend": "reference", "queues": "yes", "ranks": "3", **FLOATS,
+    },
 }  # fmt: skip
+QUEUED = [name for name, case in CASES.items() if "queues" in case]
 
 
 def _is_native_missing() -> bool:
@@ -104,6 +109,23 @@ def test_processes_answer_together_as_one(
     found, expected = (torch.tensor(it["logits"]) for it in (together[name], alone))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert together[name]["replies"] == alone["replies"]
+    assert together[name].get("endings") == alone.get("endings")
+
+
+@pytest.mark.parametrize("name", QUEUED)
+def test_a_pass_is_queued_in_all_processes_before_its_token_is_read(
+    together: dict[str, Any], name: str
+) -> None:
+    assert together[name]["order"] == ["pass", *["ids", "pass", "read"] * 2, "read"]
+
+
+@pytest.mark.parametrize("name", QUEUED)
+def test_processes_go_on_together_after_a_reply_whose_queued_pass_is_not_read(
+    together: dict[str, Any], name: str
+) -> None:
+    found = together[name]
+    assert found["endings"] == found["endings that were not queued"]
+    assert found["after Ctrl-C"] == found["endings"][:2]  # greedy
 
 
 @pytest.mark.parametrize("name", [it for it in NATIVE if CASES[it.values[0]]["dtype"] == "float32"])

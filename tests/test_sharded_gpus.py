@@ -72,6 +72,16 @@ def test_two_gpus_answer_as_one(
     assert (found - expected).norm() <= ALLOWED[name] * expected.norm()
     if name == "float32":
         assert together[name]["replies"] == alone["replies"]
+        assert together[name]["endings"] == alone["endings"]
+
+
+@two_gpus
+@pytest.mark.parametrize("name", CASES)
+def test_two_gpus_queue_what_they_would_have_run(together: dict[str, Any], name: str) -> None:
+    found = together[name]
+    assert found["order"] == ["pass", *["ids", "pass", "read"] * 2, "read"]
+    assert found["endings"] == found["endings that were not queued"]
+    assert found["after Ctrl-C"] == found["endings"][:2]  # greedy
 
 
 @two_gpus

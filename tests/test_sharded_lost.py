@@ -62,7 +62,7 @@ def _words(process: psutil.Process) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("phase", ["load", "prefill", "idle"])
+@pytest.mark.parametrize("phase", ["load", "prefill", "queued", "idle"])
 def test_a_killed_process_ends_all_with_one_line(folder: Path, phase: str, tmp_path: Path) -> None:
     with leading(folder, phase, tmp_path) as (leader, other):
         other.kill()
@@ -73,8 +73,11 @@ def test_a_killed_process_ends_all_with_one_line(folder: Path, phase: str, tmp_p
     assert not [*tmp_path.glob("llamachat-ranks-*")]
 
 
-def test_a_process_that_is_stopped_for_long_ends_all(folder: Path, tmp_path: Path) -> None:
-    with leading(folder, "decode", tmp_path) as (leader, other):
+@pytest.mark.parametrize("phase", ["decode", "queued"])
+def test_a_process_that_is_stopped_for_long_ends_all(
+    folder: Path, phase: str, tmp_path: Path
+) -> None:
+    with leading(folder, phase, tmp_path) as (leader, other):
         other.send_signal(signal.SIGSTOP)
         time.sleep(1.5)
         other.send_signal(signal.SIGCONT)
@@ -85,6 +88,18 @@ def test_a_process_that_is_stopped_for_long_ends_all(folder: Path, tmp_path: Pat
     assert (leader.returncode, out) == (1, "")
     said = "process 1 of the 2 that run the model together was stopped for 3 s"
     assert errors == f"llamachat: {said}\n"
+
+
+def test_after_a_pass_that_failed_in_the_first_process_there_are_no_others(
+    folder: Path, tmp_path: Path
+) -> None:
+    with leading(folder, "failed", tmp_path) as (leader, other):
+        out, _ = leader.communicate(timeout=2 * SOON_S)
+        other.wait(SOON_S)
+    assert leader.returncode == 0
+    lost = "one of the 2 processes that run the model together has ended"
+    assert out.splitlines() == ["failed", lost]
+    assert not [*tmp_path.glob("llamachat-ranks-*")]
 
 
 def test_the_others_end_with_the_first(folder: Path, tmp_path: Path) -> None:

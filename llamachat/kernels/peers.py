@@ -1,7 +1,8 @@
 """The processes that run one model together, over `torch.distributed`.
 
 The first one leads: it says what is done next, and the others do it. Tensors are summed by NCCL on
-GPUs and by gloo on CPUs; messages are bytes that gloo brings, JSON or int32, never pickles.
+GPUs and by gloo on CPUs; messages are bytes that gloo brings, JSON or int32, never pickles. Ids
+that the host does not know yet go the way of the sums, after the message about their pass.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +33,7 @@ ENDING_S = 5  # that a watcher of the processes has to end this one
 HEADER = 9  # numbers: of the data, the kind, and of a pass seven more
 FRAME = 512  # numbers that travel at once: a token's batch, the header before it
 WORD = 4  # bytes of a number
-JSON, PASS = range(2)  # kinds of messages
+JSON, PASS, QUEUED = range(3)  # kinds of messages; a queued pass is told without its ids
 LEAST_TABLE = 256  # entries of a table that travel
 
 
@@ -77,6 +78,7 @@ class Peers:
         if dist.is_initialized():
             raise UsageError("a process shares models with as many others as it began with")
         self.rank, self.size, self._gpu = rank, size, gpu
+        self._device = torch.device("cpu" if gpu is None else f"cuda:{gpu}")
         self._numbers = count()
         self._dropped: list[int] = []
         self._is_lost = False
@@ -135,14 +137,13 @@ class Peers:
         import torch.distributed._symmetric_memory as symmetric
 
         settings.disable_multicast()
-        device = torch.device(f"cuda:{self._gpu}")
-        tensor = symmetric.empty(n_bytes // 8, dtype=torch.int64, device=device)
+        tensor = symmetric.empty(n_bytes // 8, dtype=torch.int64, device=self._device)
         mapping = symmetric.rendezvous(tensor, self._sums)
         addresses = tuple(mapping.buffer_ptrs)
         if addresses[self.rank] != tensor.data_ptr() or len(addresses) != self.size:
             raise RuntimeError("the memory is not where it is said to be")
         tensor.zero_()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(self._device)
         return Symmetric(tensor, addresses, self.rank, mapping)
 
     def _agree(self, is_so: bool) -> bool:
@@ -159,14 +160,18 @@ class Peers:
         self._send([JSON], torch.frombuffer(words, dtype=torch.int32), source)
 
     def tell_pass(self, model: int, cache: int, batch: Batch) -> None:
-        """Let the others run a batch, too."""
+        """Let the others run a batch, too; nobody waits for ids that are on the way."""
         self.tell_dropped()
+        is_known = _is_known(batch)
         rows, entries = batch.table.shape
         n = min(max(int(batch.seen.max()), LEAST_TABLE), entries)
-        lists = (batch.ids, batch.row, batch.slot, batch.seen, batch.position, batch.wanted)
-        data = torch.cat([*(it.flatten() for it in lists), batch.table[:, :n].flatten()])
-        header = [PASS, len(batch.ids), len(batch.wanted), rows, entries, n, model, cache]
-        self._send(header, data, 0)
+        lists = (batch.row, batch.slot, batch.seen, batch.position, batch.wanted)
+        told = ([batch.ids] if is_known else []) + [*lists, batch.table[:, :n]]
+        kind = PASS if is_known else QUEUED
+        header = [kind, len(batch.ids), len(batch.wanted), rows, entries, n, model, cache]
+        self._send(header, torch.cat([it.flatten() for it in told]), 0)
+        if not is_known:
+            self._share(batch.ids.long())
 
     def hear(self, source: int = 0) -> Mapping[str, Any] | tuple[int, int, Batch]:
         """The next message; or a model, a cache, and the batch to run."""
@@ -179,10 +184,20 @@ class Peers:
                 rest = torch.empty(n_data - len(data), dtype=torch.int32)
                 dist.broadcast(rest, source)
                 data = torch.cat([data, rest])
+        if kind == JSON:
+            message: Mapping[str, Any] = json.loads(data.numpy().tobytes())
+            return message
+        n_ids = sizes[0]
         if kind == PASS:
-            return _pass_of(data, *sizes)
-        message: Mapping[str, Any] = json.loads(data.numpy().tobytes())
-        return message
+            return _pass_of(data[:n_ids], data[n_ids:], sizes)
+        ids = torch.empty(n_ids, dtype=torch.int64, device=self._device)
+        self._share(ids)
+        return _pass_of(ids, data, sizes)
+
+    def _share(self, tensor: Tensor) -> None:
+        """What the first process has, to the devices of all, in place; queued as a sum is."""
+        with self._together(), torch.inference_mode():
+            dist.broadcast(tensor, 0, group=self._sums)
 
     def _send(self, header: list[int], data: Tensor, source: int) -> None:
         numbers = [len(data), *header]
@@ -230,12 +245,17 @@ class Peers:
             previous(*came[-1])
 
 
-def _pass_of(
-    data: Tensor, tokens: int, wanted: int, rows: int, entries: int, n: int, model: int, cache: int
-) -> tuple[int, int, Batch]:
-    """What `Peers.tell_pass` told."""
-    sizes = [*[tokens] * 5, wanted, rows * n]
-    ids, row, slot, seen, position, wanted_ids, known = torch.split(data, sizes)
+def _is_known(batch: Batch) -> bool:
+    """Whether the host made the ids, as it did the rest."""
+    ids, table = batch.ids, batch.table
+    return (ids.device, ids.dtype) == (table.device, table.dtype)
+
+
+def _pass_of(ids: Tensor, data: Tensor, sizes: Sequence[int]) -> tuple[int, int, Batch]:
+    """What `Peers.tell_pass` told: `data` after the ids, `sizes` after the kind."""
+    tokens, wanted, rows, entries, n, model, cache = sizes
+    parts = torch.split(data, [*[tokens] * 4, wanted, rows * n])
+    row, slot, seen, position, wanted_ids, known = parts
     table = torch.zeros((rows, entries), dtype=torch.int32)
     table[:, :n] = known.view(rows, n)
     return model, cache, Batch(ids, row, slot, seen, position, table, wanted_ids)

@@ -44,9 +44,8 @@ class Sharded:
     Attributes:
         backend: computes this process's part.
         number: by which the others know this object.
+        queues: of the backend: ids that are on the way go on to the others' devices.
     """
-
-    queues = False  # the others are told which ids to run
 
     def __init__(
         self, backend: Kernels, peers: Peers, number: int, dim: int, rows: range, n_rows: int
@@ -63,7 +62,7 @@ class Sharded:
         """
         self.name, self.device, self.backend = backend.name, backend.device, backend
         self.place, self.pack, self.quantize = backend.place, backend.pack, backend.quantize
-        self.n_bytes = backend.n_bytes
+        self.n_bytes, self.queues = backend.n_bytes, backend.queues
         self.then, self.angles, self.linear = backend.then, backend.angles, backend.linear
         self.embed, self.norm_linear = backend.embed, backend.norm_linear
         self.norm_swiglu = backend.norm_swiglu
@@ -101,7 +100,7 @@ class Sharded:
     def run(
         self, forward: Callable[[Batch], Tensor], batch: Batch, cache: Shared | None = None
     ) -> Tensor:
-        """One pass, which the others run, too."""
+        """One pass, which the others run, too; if it is queued here, it is there."""
         assert cache is not None
         if self._is_alone:
             return self.backend.run(forward, batch, cache.part)

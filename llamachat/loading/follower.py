@@ -4,7 +4,7 @@
 
 It chooses no tokens and shows nothing: the first process sends every batch, and has the cache's
 table, the strategies and the terminal. So nothing can come to differ, and a reply stops for all
-when the first stops asking.
+when the first stops asking. It reads no results: what it runs on a GPU is queued.
 """
 
 from __future__ import annotations
