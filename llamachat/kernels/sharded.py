@@ -20,6 +20,8 @@ from torch import Tensor
 from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Kernels, Norm, Weight
 from llamachat.kernels.peers import Peers
 
+QUEUES_ON_GPUS = False  # not measured there yet
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -44,7 +46,7 @@ class Sharded:
     Attributes:
         backend: computes this process's part.
         number: by which the others know this object.
-        queues: of the backend: ids that are on the way go on to the others' devices.
+        queues: ids that are on the way go on to the others' devices.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class Sharded:
         """
         self.name, self.device, self.backend = backend.name, backend.device, backend
         self.place, self.pack, self.quantize = backend.place, backend.pack, backend.quantize
-        self.n_bytes, self.queues = backend.n_bytes, backend.queues
+        self.n_bytes = backend.n_bytes
+        self.queues = backend.queues and (QUEUES_ON_GPUS or self.device.type != "cuda")
         self.then, self.angles, self.linear = backend.then, backend.angles, backend.linear
         self.embed, self.norm_linear = backend.embed, backend.norm_linear
         self.norm_swiglu = backend.norm_swiglu
