@@ -241,6 +241,17 @@ def test_recorded_passes_give_what_unrecorded_ones_do(tokens: int) -> None:
     assert torch.equal(recorded, torch.cat(rows))
 
 
+def test_passes_that_are_no_longer_recorded_are_recorded_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llamachat.kernels.cuda, "MOST_PASSES", 2)
+    found, expected = (Rows(float_decoder(k), form="f32") for k in (kernels(), Reference()))
+    for n in (1, 1, 2, 2, 3, 3, 1, 1, 2, 3):
+        part = [(0, token) for token in IDS[:n]]
+        assert off(found.run(part), expected.run(part)) < 2e-5
+    assert len(found.cache.passes) == 2
+
+
 def test_a_token_s_result_does_not_depend_on_those_beside_it() -> None:
     decoder = random_quantized_decoder(kernels(), ["shifted", "8 bits"])
     ids = [(7 * i) % 80 for i in range(16)]
