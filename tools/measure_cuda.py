@@ -122,7 +122,7 @@ def replay_seconds(decoder: Decoder, depth: int, form: str, tokens: int = 1) -> 
 
 def sweep(decoder: Decoder, form: str) -> Iterator[str]:
     """Lines of a table: a recorded pass by how it is compiled, kernels of their own first."""
-    yield "| warps | KiB of weights on their way | ms of 1, 2, 4, 8 tokens | tok/s | 4 beside 1 |"
+    yield "| warps | KiB of the ring | ms of 1, 2, 4, 8 tokens | tok/s | 4 beside 1 |"
     yield "|---|---|---|---|---|"
     rings = (SHARED_BYTES, 128 << 10)
     tunings = [Tuning(warps, ring) for warps in (8, 12, 16) for ring in rings]
