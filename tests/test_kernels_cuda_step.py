@@ -36,7 +36,7 @@ pytestmark = [
 
 # Sums come in another order, and for float weights an activation is two bfloat16: a code may fall
 # to the other side of a half. In a small model that is 2 % of a row's logits, and all that see it.
-ROUNDING, CODES = 1e-4, 5e-2
+ROUNDING, CODES, CODES_OF_A_ROW = 1e-4, 5e-3, 5e-2
 STEPS = {tokens: Tuning(8, entries=1024) for tokens in (1, 2, 4, 8)}
 FORMS = ["4 bits", "shifted", "8 bits", "4 bits with minimum", "8 bits with minimum", "bfloat16"]
 # Rows of which some are beyond the last of 32, and columns that fill some boxes of a stage.
@@ -81,7 +81,7 @@ def test_a_step_gives_what_kernels_of_their_own_give(form: str, n_tokens: int) -
     assert any(source == "step.cu" for source, *_ in kernels(is_step=True)._compiler._kernels)
     rows = [off(*pair) for pair in zip(found, expected, strict=True)]
     assert min(rows[:n_tokens]) < ROUNDING
-    assert max(rows) < CODES
+    assert max(rows) < CODES_OF_A_ROW
 
 
 @pytest.mark.parametrize("warps", [4, 12, 16])

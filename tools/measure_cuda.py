@@ -91,13 +91,17 @@ def decode_rate(engine: Engine, depth: int, decoding: Decoding | None = None) ->
     return STEPS / (moments[-1] - moments[-1 - STEPS])
 
 
+def batch_of(tokens: int, depth: int, slots: int) -> Batch:
+    """A row's next tokens at this depth, of which the last is wanted."""
+    index = torch.arange(tokens, dtype=torch.int32)
+    at, table = index + depth, torch.arange(slots, dtype=torch.int32).view(1, -1)
+    return Batch(index + 5, index * 0, at, at + 1, at, table, index[-1:])
+
+
 def pass_seconds(decoder: Decoder, tokens: int, depth: int, times: int = 20) -> float:
     """Median seconds of a pass of so many tokens, of which one is wanted, host included."""
     cache = decoder.new_cache(depth + tokens)
-    index = torch.arange(tokens, dtype=torch.int32)
-    at = index + depth
-    table = torch.arange(depth + tokens, dtype=torch.int32).view(1, -1)
-    batch = Batch(index + 5, index * 0, at, at + 1, at, table, index[-1:])
+    batch = batch_of(tokens, depth, depth + tokens)
     taken = []
     for _ in range(times + 3):
         torch.cuda.synchronize()
@@ -111,9 +115,7 @@ def pass_seconds(decoder: Decoder, tokens: int, depth: int, times: int = 20) -> 
 def replay_seconds(decoder: Decoder, depth: int, form: str, tokens: int = 1) -> float:
     """Seconds on the GPU of one recorded pass at this depth, the host left out."""
     cache = decoder.new_cache(4096, form)
-    at = torch.arange(tokens, dtype=torch.int32) + depth
-    table = torch.arange(4096, dtype=torch.int32).view(1, -1)
-    batch = Batch(at * 0, at * 0, at, at + 1, at, table, at[:1] * 0)
+    batch = batch_of(tokens, depth, 4096)
     for _ in range(2):
         decoder(batch, cache)
     (recorded,) = cache.passes.values()

@@ -349,7 +349,7 @@ def _spans(batch: Batch, device: torch.device) -> Iterator[Span]:
         if int(seen.min()) < longest and not (causal and len(seen) == longest):
             there = seen.to(device, non_blocking=True)  # the passes before are not waited for
             mask = torch.arange(longest, device=device) < there.unsqueeze(1)
-        yield Span(_as_slice(tokens), slots, mask, causal=causal and len(seen) > 1)
+        yield Span(_as_slice(tokens), slots, mask, causal)
 
 
 def _as_slice(index: Tensor) -> slice | Tensor:

@@ -292,8 +292,8 @@ class Cuda(reference.Reference):
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """As flash attention where that can be."""
-        size = q.shape[2]
-        if span.mask is None or not span.causal or q.dtype != torch.bfloat16 or size % 8:
+        is_tail = span.causal and span.mask is not None  # causal behind a prefix
+        if not is_tail or q.dtype != torch.bfloat16 or q.shape[2] % 8:
             with sdpa_kernel(SOFTMAX):
                 return super()._attend(q, keys, values, span)
         k, v = keys.unsqueeze(0), values.unsqueeze(0)

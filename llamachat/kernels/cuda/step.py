@@ -101,7 +101,7 @@ class Steps:
         self._arrived = torch.zeros(1, dtype=torch.int64, device=device)
         self._phases: list[structures.Phase] = []
         self._shape: dict[str, int] = {}  # of attention
-        self._tokens = 0
+        self._tokens = 0  # up to which the step of this pass is compiled
         self._is_noting = False
         # Memory that a pass lets go while it is noted is written when it runs. What it is told must
         # not lie there: it comes from another stream's memory, or, as nothing is allocated for
@@ -121,9 +121,9 @@ class Steps:
 
         Its phases are launched at the end at the latest.
         """
-        self._is_noting = tokens <= max(self._tuned, default=0)
-        self._tokens, self._shape, self._noted_bytes = tokens, {}, 0
-        self._is_noting = self._is_noting and entries <= self._tuning().entries
+        self._tokens = min((n for n in self._tuned if n >= tokens), default=0)
+        self._is_noting = self._tokens > 0 and entries <= self._tuned[self._tokens].entries
+        self._shape, self._noted_bytes = {}, 0
         if self._is_noting and self._is_recording():
             self._room = self._bytes(self._most_bytes)
         try:
@@ -185,12 +185,6 @@ class Steps:
         self._unsent.clear()
         return kept
 
-    def _compiled_tokens(self) -> int:
-        return next(n for n in sorted(self._tuned) if n >= self._tokens)
-
-    def _tuning(self) -> Tuning:
-        return self._tuned[self._compiled_tokens()]
-
     def _bytes(self, n: int) -> Tensor:
         return torch.empty(n, dtype=torch.uint8, device=self._device)
 
@@ -229,7 +223,7 @@ class Steps:
 
     def _maps(self, part: structures.Part) -> list[structures.Map] | None:
         kind = part.form % weights.MIN
-        if kind not in self._tuning().kinds or part.form & weights.FINE or part.shift:
+        if kind not in self._tuned[self._tokens].kinds or part.form & weights.FINE or part.shift:
             return None
         matrix, rows = self._compiler.matrix, part.rows
         row_bytes = part.units * UNIT_BYTES
@@ -250,7 +244,7 @@ class Steps:
         self._phases.append(phase)
 
     def _launch(self, sent: Tensor, phases: ctypes.Array[structures.Phase]) -> None:
-        tokens, tuning = self._compiled_tokens(), self._tuning()
+        tokens, tuning = self._tokens, self._tuned[self._tokens]
         products = [phase.linear for phase in phases if phase.op < KEEP]
         parts = [part for it in products for part in it.parts[: it.n_parts]]
         tables = max((bool(part.scales) + bool(part.mins) for part in parts), default=0)
