@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from llamachat.kernels import Batch, Cache
 from llamachat.kernels.cuda import Cuda, structures
 from llamachat.kernels.cuda.attention import Attention
+from llamachat.kernels.cuda.best import Best
 from llamachat.kernels.cuda.compiler import SOURCES, SWIZZLED_BYTES
 from llamachat.kernels.cuda.products import Products
 from llamachat.kernels.cuda.step import TUNED, Launch, Steps, Tuning
@@ -30,7 +31,7 @@ KERNELS = {  # of a source, and the structures they take
     "quantize.cu": {"quantize": "Quantize"},
     "attention.cu": dict.fromkeys(("store", "turn", "attend", "combine"), "Attention"),
     "step.cu": {"run_step": "Step"},
-    "stream.cu": {"angles": "Angles", "embed": "Embed", "code": "Code"},
+    "stream.cu": {"angles": "Angles", "best": "Best", "embed": "Embed", "code": "Code"},
 }
 
 
@@ -122,14 +123,19 @@ class Emulated(Cuda):
         self._compiler: Any = compiler
         self.launched = compiler.launched
         self._steps = Steps(compiler, self.device, processors, steps)
-        self._products = Products(self._steps, self.device)
+        self._products = Products(self._steps, self.device, processors)
         self._attention = Attention(self._steps, self.device, processors)
-        self._sum = self._exchange = None
+        self._best = Best(compiler, self.device)
+        self._waiting = self._exchange = None
         self._is_pass = False
 
     def place(self, tensor: Tensor) -> Tensor:
         """It is there."""
         return tensor
+
+    def best(self, logits: Tensor) -> Tensor:
+        """There is no device to make the current one."""
+        return self._best(logits)
 
     def run(
         self, forward: Callable[[Batch], Tensor], batch: Batch, cache: Cache | None = None

@@ -109,13 +109,9 @@ def of_queued(model: Any, size: int) -> dict[str, Any]:
 def run(case: dict[str, Any], size: int) -> dict[str, Any]:
     """Logits of some ids and of a few, and replies of several strategies; one is left early."""
     import llamachat
-    from llamachat.kernels import sharded
     from llamachat.kernels.reference import Reference
 
-    with (
-        mock.patch.object(Reference, "queues", "queues" in case),  # it takes ids of any type
-        mock.patch.object(sharded, "QUEUES_ON_GPUS", new=True),
-    ):
+    with mock.patch.object(Reference, "queues", "queues" in case):  # it takes ids of any type
         model = llamachat.load(
             case["folder"], backend=case["backend"], quantize=case["quantize"],
             dtype=case["dtype"], device=case.get("device", "cpu"), threads=1, ctx_size=256,

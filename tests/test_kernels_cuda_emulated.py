@@ -76,9 +76,23 @@ def test_two_steps_give_the_reference_s_logits_whatever_comes_first(
     for seed in range(1 + (n_tokens == 1)):
         kernels = Emulated(Compiler(folder, seed), steps=STEPS)
         results.append(logits(kernels))
-        assert kernels.launched == ["angles", "embed", "code", "run_step"] * 2
+        assert kernels.launched == ["angles", "embed", "run_step"] * 2
     assert off(results[0], logits(REFERENCE)) < 1e-5
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 4])
+@pytest.mark.parametrize("processors", [1, 14])  # by which tiles are chosen
+def test_kernels_of_their_own_give_the_reference_s_logits(
+    folder: Path, n_tokens: int, processors: int
+) -> None:
+    def logits(kernels: Reference, forms: list[str]) -> Tensor:
+        decoder = random_quantized_decoder(kernels, forms, CONFIG)
+        return Rows(decoder, form="f32").run_text(IDS[:n_tokens], n_tokens)
+
+    for forms in (["shifted"], FORMS):  # parts of a weight alike, and not
+        kernels = Emulated(Compiler(folder, 2), processors, steps={})
+        assert off(logits(kernels, forms), logits(REFERENCE, forms)) < 1e-5
 
 
 @pytest.mark.parametrize(("n_tokens", "form"), [(1, "int8"), (3, "bf16")])
@@ -112,3 +126,16 @@ def test_a_step_attends_over_a_long_context_in_splits(
         if isinstance(kernels, Emulated):
             assert kernels.launched == ["run_step"]
     assert off(*found) < {"int8": 2e-2, "bf16": 6e-3}[form]
+
+
+@pytest.mark.parametrize("width", [1, 33, 20_000])
+def test_the_largest_logits_are_found_and_of_equal_ones_the_first(folder: Path, width: int) -> None:
+    kernels = Emulated(Compiler(folder))
+    logits = torch.randn(3, width).mul(5).round()  # many are equal
+    logits[1] = -0.0
+    logits[1, width // 2] = 0.0
+    logits[2, width // 3 :] = float("inf")
+    for _ in range(2):  # what is kept between two calls is as it was
+        assert torch.equal(kernels.best(logits), logits.argmax(-1))
+    logits[0, width // 2] = float("nan")
+    assert kernels.best(logits)[0] == width // 2

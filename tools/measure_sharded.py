@@ -1,7 +1,7 @@
 """Speed, memory and correctness of a 70B shape on one GPU and on two, with random int4 weights.
 
     python tools/measure_sharded.py alone [--layers 80]
-    torchrun --nproc-per-node 2 tools/measure_sharded.py together [--layers 80] [--queued]
+    torchrun --nproc-per-node 2 tools/measure_sharded.py together [--layers 80]
 
 Weights are made on the GPU from their names, so that each process has its part of the same model.
 The second command compares logits with those of the first, and of two layers in float32 on the
@@ -30,7 +30,7 @@ from llamachat.checkpoints.names import iter_weights
 from llamachat.engine.engine import GPU_CHUNK, Engine
 from llamachat.engine.events import Token
 from llamachat.engine.strategies import Greedy
-from llamachat.kernels import Kernels, sharded
+from llamachat.kernels import Kernels
 from llamachat.kernels.cuda import Cuda
 from llamachat.kernels.peers import Peers
 from llamachat.kernels.reference import Reference
@@ -233,9 +233,7 @@ def main() -> None:
     parser.add_argument("how", choices=("alone", "together"))
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--sum", nargs="+", choices=[*SUMS], default=[*SUMS])
-    parser.add_argument("--queued", action="store_true", help="passes before the host knows ids")
     args = parser.parse_args()
-    sharded.QUEUES_ON_GPUS = args.queued
     if args.how == "alone":
         alone(args.layers)
     else:

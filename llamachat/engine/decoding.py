@@ -31,6 +31,7 @@ class Start:
         ends: whether a reply so far ends here (stop strings, tested on ids).
         logprobs: whether choices carry log-probabilities.
         continued: how many of the prompt's last ids are the reply's own; steps count them.
+        best: of logits (B, V) the ids (B,) of the largest (`Kernels.best`); None: by torch.
     """
 
     prompt: tuple[int, ...]
@@ -41,6 +42,7 @@ class Start:
     ends: Callable[[Sequence[int]], bool] | None = None
     logprobs: bool = False
     continued: int = 0
+    best: Callable[[Tensor], Tensor] | None = None
 
     @property
     def begun(self) -> tuple[int, ...]:

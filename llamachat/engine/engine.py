@@ -199,6 +199,7 @@ class Engine:
             key=(0, *key),
             device=str(self._device),
             ends=ends,
+            best=self.decoder.kernels.best,
         )
 
     def _reply(self, reply: Running, drafts: Drafts) -> Generator[EngineEvent, None, None]:

@@ -314,6 +314,7 @@ class Scheduler:
             max_new_tokens=self._room(request),
             key=(0, request.turn, 0),
             device=self._device,
+            best=self._decoder.kernels.best,
             ends=request.ends,
             logprobs=request.logprobs > 0,
         )

@@ -108,7 +108,14 @@ class Single:
 
     def _chosen(self, logits: Tensor, step: Tensor) -> Choice:
         logprobs = logits.log_softmax(-1) if self._start.logprobs else None
-        return Choice(_best(logits), logprobs=logprobs)
+        return Choice(self._best(logits), logprobs=logprobs)
+
+    def _best(self, logits: Tensor) -> Tensor:
+        if self._start.best is not None:
+            return self._start.best(logits)
+        from llamachat.kernels.reference import best
+
+        return best(logits)
 
     def accept(self, choice: Choice) -> Commit:
         """Commit the token at once, unless it is a stop id."""
@@ -147,15 +154,6 @@ class Sampled(Single):
         if not self._start.logprobs:
             return Choice(tokens)
         return Choice(tokens, logprobs=left.dense(logits.shape[-1]).log_softmax(-1))
-
-
-def _best(logits: Tensor) -> Tensor:
-    """The ids (B,) of the largest of logits (B, V), of equal ones the lowest."""
-    import torch
-
-    if not logits.is_cpu:
-        return logits.argmax(-1)
-    return torch.from_numpy(logits.numpy().argmax(-1))  # ten times as fast as torch's
 
 
 class History:

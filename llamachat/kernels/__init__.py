@@ -180,3 +180,7 @@ class Kernels(Protocol):
     def logits(self, h: Tensor, norm: Norm, weight: Weight, wanted: Tensor) -> Tensor:
         """Final norm and head for the rows `wanted` only: (L, V) float32."""
         ...
+
+    def best(self, logits: Tensor) -> Tensor:
+        """The ids (B,) of the largest of logits (B, V), of equal ones the lowest: int64."""
+        ...

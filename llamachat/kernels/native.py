@@ -20,6 +20,7 @@ from llamachat.kernels import Angles, Batch, CacheShape, Norm, abi, panels
 from llamachat.kernels.abi import instruction_sets
 from llamachat.kernels.memory import Arena, huge
 from llamachat.kernels.program import Program, Step
+from llamachat.kernels.reference import best
 from llamachat.quant.form import BITSANDBYTES, CODEBOOK, SHIFT, Form
 from llamachat.quant.quantize import of_codes
 from llamachat.quant.tensor import QTensor
@@ -267,6 +268,10 @@ class Native:
         rows = self._buffer("wanted", n, width)
         self._do(abi.Gather(self._pass(), h.data_ptr(), rows.data_ptr(), width))
         return self._linear("logits", rows, norm, weight, weight.rows)
+
+    def best(self, logits: Tensor) -> Tensor:
+        """(B, V) -> (B,)."""
+        return best(logits)
 
     def take(self, n_bytes: int) -> Tensor:
         """Memory for weights: (n_bytes,) uint8."""

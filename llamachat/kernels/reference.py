@@ -242,6 +242,10 @@ class Reference:
         """(L, V) float32."""
         return self.linear(self._norm(h[wanted], norm), weight).float()
 
+    def best(self, logits: Tensor) -> Tensor:
+        """(B, V) -> (B,)."""
+        return best(logits)
+
     def _read(self, batch: Batch) -> None:
         """Work out what every layer's attention needs."""
         self._stored = _as_slice(batch.slot)
@@ -296,6 +300,13 @@ def _has_blocked_linear(dtype: torch.dtype) -> bool:
         return bool(torch.equal(out, x))
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
+
+
+def best(logits: Tensor) -> Tensor:
+    """The ids (B,) of the largest of logits (B, V), of equal ones the lowest."""
+    if not logits.is_cpu:
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))  # ten times as fast as torch's
 
 
 def rounded(x: Tensor) -> Tensor:

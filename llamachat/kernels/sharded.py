@@ -20,8 +20,6 @@ from torch import Tensor
 from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Kernels, Norm, Weight
 from llamachat.kernels.peers import Peers
 
-QUEUES_ON_GPUS = False  # not measured there yet
-
 
 @dataclass(frozen=True)
 class Shared:
@@ -65,10 +63,10 @@ class Sharded:
         self.name, self.device, self.backend = backend.name, backend.device, backend
         self.place, self.pack, self.quantize = backend.place, backend.pack, backend.quantize
         self.n_bytes = backend.n_bytes
-        self.queues = backend.queues and (QUEUES_ON_GPUS or self.device.type != "cuda")
+        self.queues = backend.queues
         self.then, self.angles, self.linear = backend.then, backend.angles, backend.linear
         self.embed, self.norm_linear = backend.embed, backend.norm_linear
-        self.norm_swiglu = backend.norm_swiglu
+        self.norm_swiglu, self.best = backend.norm_swiglu, backend.best
         self.number = number
         self._peers = peers
         self._is_alone = False

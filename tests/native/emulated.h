@@ -89,6 +89,11 @@ inline void __syncthreads() {
 }
 inline void __syncwarp() { emulated::wait_warp(); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline uint64_t atomicMax(uint64_t* to, uint64_t value) {
+    uint64_t most = __atomic_load_n(to, __ATOMIC_SEQ_CST);
+    while (most < value && !__atomic_compare_exchange_n(to, &most, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
+    return most;
+}
 inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
 template <class T> T __shfl_sync(unsigned, T value, int lane) {
     return emulated::gathered(value)[lane % emulated::kLanes];

@@ -4,8 +4,8 @@ Passes of up to `FEW` tokens multiply packed weights with activations at 8 bits;
 a CUDA graph when its shape comes for the second time. Longer ones unpack weights to bfloat16, a
 part at a time, and are `Reference` otherwise.
 
-Five kernels a layer: a norm is computed by the sum that comes before it, whose `linear_add` waits
-for what follows; only the norm's divisor is left to the product, which it is a factor of.
+Five kernels a layer: a norm is computed by the sum or look-up that comes before it, which waits for
+what follows; only the norm's divisor is left to the product, which it is a factor of.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llamachat.errors import UsageError, WillNotFitError
 from llamachat.kernels import Act, Angles, Batch, Cache, CacheShape, Norm, Weight, reference
 from llamachat.kernels.cuda import structures
-from llamachat.kernels.cuda.attention import Asked, Attention
+from llamachat.kernels.cuda.attention import Asked, Attention, pointer
+from llamachat.kernels.cuda.best import Best
 from llamachat.kernels.cuda.compiler import Compiler
 from llamachat.kernels.cuda.exchange import MOST, Exchange
 from llamachat.kernels.cuda.passes import Pass, Queue, Shape, moved
@@ -62,6 +63,15 @@ class _Sum:
     h: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Lookup:
+    """h = rows of W, which waits for the norm of h."""
+
+    ids: Tensor
+    weight: Packed
+    h: Tensor
+
+
 class Cuda(reference.Reference):
     """Every call of `Kernels` on one GPU.
 
@@ -97,11 +107,12 @@ class Cuda(reference.Reference):
         processors = properties.multi_processor_count
         tuned = steps if properties.major == STEPPING else {}
         self._steps = Steps(self._compiler, self.device, processors, tuned)
-        self._products = Products(self._steps, self.device)
+        self._products = Products(self._steps, self.device, processors)
         self._attention = Attention(self._steps, self.device, processors)
+        self._best = Best(self._compiler, self.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._queue = Queue()
-        self._sum: _Sum | None = None
+        self._waiting: _Sum | _Lookup | None = None
         self._exchange: Exchange | None = None
         self._is_pass = False
 
@@ -182,7 +193,7 @@ class Cuda(reference.Reference):
                     logits = forward(moved(batch, self.device))
                     self._queue.add()
                     return logits
-                self._is_pass, self._sum = True, None
+                self._is_pass, self._waiting = True, None
                 if self._exchange is not None:
                     self._exchange.begin()
                 return self._few(forward, batch, {} if cache is None else cache.passes)
@@ -197,9 +208,9 @@ class Cuda(reference.Reference):
             self._is_pass = False
 
     def then(self, action: Callable[[], object]) -> None:
-        """On the stream of the pass; a sum that waits is added first."""
-        if self._sum is not None:
-            self._added(None, None)
+        """On the stream of the pass; what waits is done first."""
+        if self._waiting is not None:
+            self._made(None, None)
         self._steps.flush()
         action()
 
@@ -221,12 +232,10 @@ class Cuda(reference.Reference):
 
     def embed(self, batch: Batch, weight: Weight) -> Tensor:
         """(T, D)."""
-        (part,) = weight.parts
-        dim = weight.shape[1]
-        h = self._floats(len(batch.ids), dim)
-        args = structures.Embed(part.struct, batch.ids.data_ptr(), h.data_ptr(), dim)
-        kernel = self._steps.kernel("stream.cu", "embed", WEIGHTS=part.form)
-        kernel((_ceil(dim, 8 * THREADS), len(batch.ids)), THREADS, args)
+        h = self._floats(len(batch.ids), weight.shape[1])
+        self._waiting = _Lookup(batch.ids, weight, h)
+        if not self._is_pass:
+            self._made(None, None)
         return h
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
@@ -261,8 +270,8 @@ class Cuda(reference.Reference):
             return
         act = self._coded(x.float().contiguous()) if isinstance(x, Tensor) else x
         if self._is_pass:
-            assert self._sum is None
-            self._sum = _Sum(act, weight, h)
+            assert self._waiting is None
+            self._waiting = _Sum(act, weight, h)
         else:
             self._products.multiply(act, weight, ADD, h)
 
@@ -283,6 +292,11 @@ class Cuda(reference.Reference):
         out = self._product(self._normed(h, norm), weight, wanted)
         self._steps.flush()
         return out
+
+    def best(self, logits: Tensor) -> Tensor:
+        """(B, V) -> (B,)."""
+        with torch.cuda.device(self.device):
+            return self._best(logits)
 
     def _norm(self, h: Tensor, norm: Norm) -> Tensor:
         """Of a prompt."""
@@ -323,24 +337,42 @@ class Cuda(reference.Reference):
         return passes[shape].run(noted, batch)
 
     def _normed(self, h: Tensor, norm: Norm) -> Coded:
-        """Codes of h times the norm's weight; a sum that waits for them is added first."""
+        """Codes of h times the norm's weight; a sum or look-up that waits for them makes them."""
         out = self._products.acts(h.shape[0], h.shape[1], norm)
-        if self._sum is not None:
-            assert self._sum.h is h
-            self._added(out, norm.weight)
+        if self._waiting is not None:
+            assert self._waiting.h is h
+            self._made(out, norm.weight)
             return out
         return self._products.code(h, out, norm.weight)
 
-    def _added(self, out: Coded | None, gain: Tensor | None) -> None:
-        """The sum that waits; `out` becomes the codes of h times `gain`."""
-        assert self._sum is not None
-        waiting, self._sum = self._sum, None
+    def _made(self, out: Coded | None, gain: Tensor | None) -> None:
+        """What waits; `out` becomes the codes of h times `gain`."""
+        assert self._waiting is not None
+        waiting, self._waiting = self._waiting, None
         multiply = self._products.multiply
+        if isinstance(waiting, _Lookup):
+            self._looked_up(waiting, out, gain)
+            return
         if self._exchange is None:
             multiply(waiting.x, waiting.weight, ADD, waiting.h, out=out, gain=gain)
             return
         multiply(waiting.x, waiting.weight, SEND, None, exchange=self._exchange)
         self._exchange.gather(waiting.h, None if out is None else out.struct, gain)
+
+    def _looked_up(self, asked: _Lookup, out: Coded | None, gain: Tensor | None) -> None:
+        (part,) = asked.weight.parts
+        tokens, dim = asked.h.shape
+        args = structures.Embed(
+            part=part.struct,
+            gain=pointer(gain),
+            ids=asked.ids.data_ptr(),
+            h=asked.h.data_ptr(),
+            dim=dim,
+        )
+        if out is not None:
+            args.out = out.struct
+        kernel = self._steps.kernel("stream.cu", "embed", WEIGHTS=part.form)
+        kernel((_ceil(dim, THREADS), tokens), THREADS, args)
 
     def _coded(self, x: Tensor) -> Coded:
         return self._products.code(x, self._products.acts(x.shape[0], x.shape[1]), None)

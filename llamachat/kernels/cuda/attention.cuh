@@ -11,7 +11,8 @@ constexpr int kLanes = HEAD_DIM <= 8 ? 1 : HEAD_DIM <= 16 ? 2 : HEAD_DIM <= 32 ?
     : HEAD_DIM <= 128 ? 16 : 32;
 constexpr int kEntries = kWarp / kLanes;    // of a warp at once
 constexpr int kWarps = WARPS;
-constexpr int kAhead = (HEADS > 1 ? 2 : 4) / (CACHE == kF32 ? 2 : 1);  // entries of a lane on their way
+constexpr int kAhead = (HEADS > 1 ? 2 : 8) / (CACHE == kF32 ? 2 : 1);  // entries of a lane on their way
+constexpr int kFew = HEADS > 1 ? 1 : 3;  // of those, that are attended to at once
 constexpr int kHalf = HEAD_DIM / 2;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeast = -1e30f;
@@ -69,52 +70,6 @@ __device__ __forceinline__ void turned8(const Attention& a, int64_t t, int head,
     }
 }
 
-// Eight elements to row `at` of keys or values; for 8 bits the kLanes lanes of a row act together.
-__device__ __forceinline__ void store8(
-    uint8_t* to, float* scales, int64_t at, int e, bool is_in, const float (&x)[8]) {
-    if constexpr (CACHE == kInt8) {
-        float top = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) top = is_in ? larger(top, fabsf(x[i])) : top;
-#pragma unroll
-        for (int step = kLanes / 2; step > 0; step /= 2) top = larger(top, __shfl_xor_sync(kAll, top, step));
-        float scale = __fdiv_rn(top, 127.0f);
-        if (scale < kTiny) scale = 0;
-        if (!is_in) return;
-        if (e == 0) scales[at] = scale;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            to[at * HEAD_DIM + e + i] =
-                static_cast<uint8_t>(scale == 0 ? 0 : __float2int_rn(__fdiv_rn(x[i], scale)));
-    } else if (is_in) {
-        const int64_t pair = (at * HEAD_DIM + e) / 2;
-#pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            if constexpr (CACHE == kF32) {
-                reinterpret_cast<float2*>(to)[pair + i / 2] = make_float2(x[i], x[i + 1]);
-            } else {
-                const uint32_t both = to_bfloat16(x[i]) | to_bfloat16(x[i + 1]) << 16;
-                reinterpret_cast<uint32_t*>(to)[pair + i / 2] = both;
-            }
-        }
-    }
-}
-
-// The key and value of token t for one kv head, by a whole warp of which the first kLanes store.
-__device__ __forceinline__ void append(const Attention& a, int64_t t, int kv_head) {
-    const int e = threadIdx.x % kWarp * 8;
-    const bool is_in = e < HEAD_DIM;
-    float key[8] = {}, value[8] = {};
-    if (is_in) {
-        turned8(a, t, a.heads + kv_head, e, key);
-        const float* v = a.qkv + (t * (a.heads + 2 * a.kv_heads) + a.heads + a.kv_heads + kv_head) * HEAD_DIM;
-        read8(v + e, value);
-    }
-    const int64_t at = kv_head * a.slots + a.slot[t];
-    store8(a.keys, a.key_scales, at, e, is_in, key);
-    store8(a.values, a.value_scales, at, e, is_in, value);
-}
-
 struct Eight {
     uint4 low, high;  // as stored: 32, 16 or 8 bytes
 };
@@ -130,6 +85,75 @@ __device__ __forceinline__ Eight load8(const uint8_t* from, int64_t at) {
         if constexpr (CACHE == kF32) raw.high = *reinterpret_cast<const uint4*>(p + 16);
     }
     return raw;
+}
+
+__device__ __forceinline__ void store8(uint8_t* to, int64_t at, const Eight& raw) {
+    uint8_t* p = to + at * kElement;
+    if constexpr (CACHE == kInt8) {
+        *reinterpret_cast<uint2*>(p) = uint2{raw.low.x, raw.low.y};
+    } else {
+        *reinterpret_cast<uint4*>(p) = raw.low;
+        if constexpr (CACHE == kF32) *reinterpret_cast<uint4*>(p + 16) = raw.high;
+    }
+}
+
+// Eight elements as they are stored; for 8 bits the kLanes lanes of a row act together.
+__device__ __forceinline__ Eight coded8(const float (&x)[8], float& scale) {
+    uint32_t words[8] = {};
+    if constexpr (CACHE == kInt8) {
+        float top = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) top = larger(top, fabsf(x[i]));
+#pragma unroll
+        for (int step = kLanes / 2; step > 0; step /= 2) top = larger(top, __shfl_xor_sync(kAll, top, step));
+        scale = __fdiv_rn(top, 127.0f);
+        if (scale < kTiny) scale = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int code = scale == 0 ? 0 : __float2int_rn(__fdiv_rn(x[i], scale));
+            words[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(code)) << (8 * (i % 4));
+        }
+    } else {
+        scale = 1.0f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if constexpr (CACHE == kF32) words[i] = __float_as_uint(x[i]);
+            else words[i / 2] |= static_cast<uint32_t>(to_bfloat16(x[i])) << (16 * (i % 2));
+        }
+    }
+    return {make_uint4(words[0], words[1], words[2], words[3]), make_uint4(words[4], words[5], words[6], words[7])};
+}
+
+template <int N>
+struct Entries {  // of the context: eight elements of N keys and values
+    Eight keys[N], values[N];
+    float key_scale[N], value_scale[N];
+};
+
+// That of token t for one kv head, by a whole warp, whose lanes `is_storing` put it into the cache.
+__device__ __forceinline__ Entries<1> append(const Attention& a, int64_t t, int kv_head, int e, bool is_storing) {
+    const bool is_in = e < HEAD_DIM;
+    float key[8] = {}, value[8] = {};
+    if (is_in) {
+        turned8(a, t, a.heads + kv_head, e, key);
+        const float* v = a.qkv + (t * (a.heads + 2 * a.kv_heads) + a.heads + a.kv_heads + kv_head) * HEAD_DIM;
+        read8(v + e, value);
+    }
+    Entries<1> own;
+    own.keys[0] = coded8(key, own.key_scale[0]);
+    own.values[0] = coded8(value, own.value_scale[0]);
+    const int64_t at = kv_head * a.slots + a.slot[t];
+    if (!is_storing || !is_in) return own;
+    store8(a.keys, at * HEAD_DIM + e, own.keys[0]);
+    store8(a.values, at * HEAD_DIM + e, own.values[0]);
+    if (CACHE == kInt8 && e == 0) a.key_scales[at] = own.key_scale[0], a.value_scales[at] = own.value_scale[0];
+    return own;
+}
+
+// The same, by a whole warp of which the first kLanes store.
+__device__ __forceinline__ void append(const Attention& a, int64_t t, int kv_head) {
+    const int lane = threadIdx.x % kWarp;
+    append(a, t, kv_head, lane % kLanes * 8, lane < kLanes);
 }
 
 __device__ __forceinline__ void as_floats(const Eight& raw, float (&out)[8]) {
@@ -155,69 +179,90 @@ __device__ __forceinline__ void rescale(State& s, float most) {
     for (int i = 0; i < 8; ++i) s.out[i] *= factor;
 }
 
-struct Entries {  // of the context, as a warp reads them: kAhead of each lane
-    Eight keys[kAhead], values[kAhead];
-    float key_scale[kAhead], value_scale[kAhead];
-};
+constexpr int kRound = kWarps * kEntries * kAhead;  // entries of a block on their way
 
 __device__ __forceinline__ int entry_of(int base, int n) {
     const int warp = threadIdx.x / kWarp, sub = threadIdx.x % kWarp / kLanes;
     return base + (n * kWarps + warp) * kEntries + sub;
 }
 
-__device__ __forceinline__ void read_entry(
-    const Attention& a, const int* table, int kv_head, int entry, int e, int n, Entries& to) {
-    const int64_t at = kv_head * a.slots + table[entry];
-    if (e < HEAD_DIM) {
-        to.keys[n] = load8(a.keys, at * HEAD_DIM + e);
-        to.values[n] = load8(a.values, at * HEAD_DIM + e);
-    }
-    if (CACHE == kInt8) to.key_scale[n] = a.key_scales[at], to.value_scale[n] = a.value_scales[at];
+struct Slots {  // of a lane's entries from some base on, and of that one
+    int first, of[kAhead];
+};
+
+// Asked for before it is known how many of them are seen: entries of the table that are not may be anything.
+__device__ __forceinline__ Slots read_slots(const Attention& a, const int* table, int base) {
+    const int last = static_cast<int>(a.table_stride) - 1;
+    Slots slots{min(max(table[min(base, last)], 0), static_cast<int>(a.slots) - 1), {}};
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) slots.of[n] = table[min(entry_of(base, n), last)];
+    return slots;
 }
 
-// Those from `base` that are before `end`.
+// Instead of entries that are not before `end` the first one: nothing branches, and nothing is waited for
+// longer than needed. If that is not, nobody attends to what is read.
 __device__ __forceinline__ void read_entries(
-    const Attention& a, const int* table, int kv_head, int base, int end, int e, Entries& to) {
+    const Attention& a, const Slots& slots, int kv_head, int base, int end, int e, Entries<kAhead>& to) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-        to.keys[n] = to.values[n] = Eight{};
-        to.key_scale[n] = to.value_scale[n] = 1.0f;
-        const int entry = entry_of(base, n);
-        if (entry < end) read_entry(a, table, kv_head, entry, e, n, to);
+        const int64_t at = kv_head * a.slots + (entry_of(base, n) < end ? slots.of[n] : slots.first);
+        if (e < HEAD_DIM) {
+            to.keys[n] = load8(a.keys, at * HEAD_DIM + e);
+            to.values[n] = load8(a.values, at * HEAD_DIM + e);
+        }
+        if (CACHE == kInt8) to.key_scale[n] = a.key_scales[at], to.value_scale[n] = a.value_scales[at];
     }
 }
 
+// To N of them, from FROM on, if `is_in`.
+template <int FROM, int N, int SIZE>
 __device__ __forceinline__ void attend_to(
-    const Entries& entries, int base, int end, const float (&q)[HEADS][8], State (&states)[HEADS]) {
+    const Entries<SIZE>& entries, const bool (&is_in)[N], const float (&q)[HEADS][8], State (&states)[HEADS]) {
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
-        float scores[kAhead], most = states[h].most;
+        float scores[N], most = states[h].most;
 #pragma unroll
-        for (int n = 0; n < kAhead; ++n) {
+        for (int n = 0; n < N; ++n) {
             float k[8], dot = 0;
-            as_floats(entries.keys[n], k);
+            as_floats(entries.keys[FROM + n], k);
 #pragma unroll
             for (int i = 0; i < 8; ++i) dot = fmaf(q[h][i], k[i], dot);
-            scores[n] = sum_over<kLanes>(dot) * entries.key_scale[n];
-            most = entry_of(base, n) < end ? fmaxf(most, scores[n]) : most;
+            scores[n] = sum_over<kLanes>(dot);
+            if (CACHE == kInt8) scores[n] *= entries.key_scale[FROM + n];
+            most = is_in[n] ? fmaxf(most, scores[n]) : most;
         }
         rescale(states[h], most);
 #pragma unroll
-        for (int n = 0; n < kAhead; ++n) {
-            const float share = entry_of(base, n) < end ? exp2f(scores[n] - most) : 0.0f;
+        for (int n = 0; n < N; ++n) {
+            const float share = is_in[n] ? exp2f(scores[n] - most) : 0.0f;
             float v[8];
-            as_floats(entries.values[n], v);
+            as_floats(entries.values[FROM + n], v);
             states[h].sum += share;
+            const float weight = CACHE == kInt8 ? share * entries.value_scale[FROM + n] : share;
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
-                states[h].out[i] = fmaf(share * entries.value_scale[n], v[i], states[h].out[i]);
+            for (int i = 0; i < 8; ++i) states[h].out[i] = fmaf(weight, v[i], states[h].out[i]);
         }
     }
 }
 
-// The states of a warp's lanes, then of the warps, become one: the result if there is one split.
-__device__ __forceinline__ void store_partial(
-    const Attention& a, int64_t t, int head, int split, int e, State s, bool is_head, float* result) {
+// To those from `base` on that are before `end`, a few at a time.
+template <int FROM = 0>
+__device__ __forceinline__ void attend_round(
+    const Entries<kAhead>& entries, int base, int end, const float (&q)[HEADS][8], State (&states)[HEADS]) {
+    if constexpr (FROM < kAhead) {
+        constexpr int n_few = kAhead - FROM < kFew ? kAhead - FROM : kFew;
+        if (base + FROM * kWarps * kEntries >= end) return;
+        bool is_in[n_few];
+#pragma unroll
+        for (int n = 0; n < n_few; ++n) is_in[n] = entry_of(base, FROM + n) < end;
+        attend_to<FROM>(entries, is_in, q, states);
+        attend_round<FROM + n_few>(entries, base, end, q, states);
+    }
+}
+
+// The states of a warp's lanes, then of the warps, become one: what is asked for if there is one split.
+__device__ __forceinline__ void store_head(
+    const Attention& a, int64_t t, int head, int split, int e, State s, bool is_head) {
     __shared__ float outs[kWarps][HEAD_DIM];
     __shared__ float2 heads[kWarps];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -235,24 +280,23 @@ __device__ __forceinline__ void store_partial(
         for (int i = 0; i < 8; ++i) outs[warp][e + i] = s.out[i];
     }
     sync_first<kWarps * kWarp>();
-    float most = kLeast, sum = 0, factors[kWarps];
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, heads[w].x);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-        factors[w] = exp2f(heads[w].x - most);
-        sum += factors[w] * heads[w].y;
-    }
     const int64_t at = (t * a.heads + head) * a.splits + split;
-    if (is_head && threadIdx.x == 0) a.weights[2 * at] = most, a.weights[2 * at + 1] = sum;
     for (int i = threadIdx.x; is_head && i < HEAD_DIM; i += kWarps * kWarp) {
-        float out = 0;
+        float most = kLeast, sum = 0, out = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) out += factors[w] * outs[w][i];
+        for (int w = 0; w < kWarps; ++w) most = fmaxf(most, heads[w].x);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            const float factor = exp2f(heads[w].x - most);
+            sum += factor * heads[w].y, out += factor * outs[w][i];
+        }
+        if (a.splits == 1 && a.tickets != nullptr) {  // a warp has a block: HEAD_DIM is a multiple of 32
+            store_block(a.out, t, (head * HEAD_DIM + i) / kBlock, out / sum);
+            continue;
+        }
+        if (i == 0) a.weights[2 * at] = most, a.weights[2 * at + 1] = sum;
         a.partial[at * HEAD_DIM + i] = out;
-        result[i] = out / sum;
     }
-    sync_first<kWarps * kWarp>();
 }
 
 // What a warp gives: 32 elements of a token, of all splits.
@@ -295,7 +339,6 @@ __device__ __forceinline__ int tiles_of(const Attention& a) {
 // One split of one tile by the first kWarps of a block; `await` until queries are there.
 template <class Await>
 __device__ __forceinline__ void attend_tile(const Attention& a, int tile, int split, int64_t t, Await await) {
-    __shared__ float results[HEADS][HEAD_DIM];
     const int shared_by = a.heads / a.kv_heads;  // query heads of a kv head
     const int tiles = (shared_by + HEADS - 1) / HEADS;
     const int kv_head = tile / tiles, first = tile % tiles * HEADS;
@@ -304,12 +347,17 @@ __device__ __forceinline__ void attend_tile(const Attention& a, int tile, int sp
     if (a.is_stored) await();
     // The batch and what earlier passes stored do not depend on what is waited for.
     const int seen = a.seen[t];
-    const int share = (seen + a.splits - 1) / a.splits;
-    const int begin = min(split * share, seen), end = min(begin + share, seen);
-    const bool is_own = !a.is_stored && begin < seen && end == seen;  // it stores the last one itself
     const int* table = a.table + a.row[t] * a.table_stride;
-    Entries entries;
-    read_entries(a, table, kv_head, begin, end - is_own, e, entries);
+    int begin = 0, end = seen;
+    if (a.splits > 1) {
+        const int share = (seen + a.splits - 1) / a.splits;
+        begin = min(split * share, seen), end = min(begin + share, seen);
+    }
+    const Slots slots = read_slots(a, table, begin);
+    const bool is_own = !a.is_stored && begin < seen && end == seen;  // it stores the last one itself
+    const int stored = end - is_own;
+    Entries<kAhead> entries{};
+    read_entries(a, slots, kv_head, begin, stored, e, entries);
     await();
     float q[HEADS][8] = {};
     State states[HEADS];
@@ -322,26 +370,22 @@ __device__ __forceinline__ void attend_tile(const Attention& a, int tile, int sp
 #pragma unroll
         for (int i = 0; i < 8; ++i) q[h][i] *= scale;
     }
-    if (is_own) {
-        if (threadIdx.x < kWarp) append(a, t, kv_head);
-        sync_first<kWarps * kWarp>();
-#pragma unroll
-        for (int n = 0; n < kAhead; ++n) {
-            if (entry_of(begin, n) == seen - 1) read_entry(a, table, kv_head, seen - 1, e, n, entries);
-        }
+    if (is_own && threadIdx.x / kWarp == kWarps - 1) {
+        const bool is_in[1] = {threadIdx.x % kWarp < kLanes};
+        attend_to<0>(append(a, t, kv_head, e, is_in[0]), is_in, q, states);
     }
-    for (int base = begin; base < end; base += kWarps * kEntries * kAhead) {
-        if (base > begin) read_entries(a, table, kv_head, base, end, e, entries);
-        attend_to(entries, base, end, q, states);
+    for (int base = begin; base < stored; base += kRound) {
+        if (base > begin) read_entries(a, read_slots(a, table, base), kv_head, base, stored, e, entries);
+        attend_round(entries, base, stored, q, states);
     }
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h)
-        store_partial(a, t, kv_head * shared_by + first + h, split, e, states[h], h < n_heads, results[h]);
+    for (int h = 0; h < HEADS; ++h) {
+        if (h > 0) sync_first<kWarps * kWarp>();
+        store_head(a, t, kv_head * shared_by + first + h, split, e, states[h], h < n_heads);
+    }
     const int ticket = static_cast<int>(t) * tiles_of(a) + tile;
-    if (a.tickets == nullptr || (a.splits > 1 && !is_last(a, ticket))) return;
+    if (a.tickets == nullptr || a.splits == 1 || !is_last(a, ticket)) return;
     const int begin_block = (kv_head * shared_by + first) * HEAD_DIM / kBlock;
-    for (int i = threadIdx.x / kWarp; i < n_heads * HEAD_DIM / kBlock; i += kWarps) {
-        if (a.splits > 1) combine_block(a, t, begin_block + i);
-        else store_block(a.out, t, begin_block + i, results[0][i * kBlock + threadIdx.x % kWarp]);
-    }
+    for (int i = threadIdx.x / kWarp; i < n_heads * HEAD_DIM / kBlock; i += kWarps)
+        combine_block(a, t, begin_block + i);
 }

@@ -79,11 +79,17 @@ __device__ __forceinline__ void store_normed(const Acts& to, int64_t t, int bloc
     if (threadIdx.x % kWarp == 0) to.squares[t * to.blocks + block] = squares;
 }
 
-// A lane's part of the squares of token `t`, and what products with it are to be multiplied with.
+// A lane's of 32 sums of squares of token `t`, and 0 beyond the last.
+__device__ __forceinline__ float square_of(const Acts& x, int64_t t, int from) {
+    const int block = from + threadIdx.x % kWarp;
+    return block < x.blocks ? __ldcg(x.squares + t * x.blocks + block) : 0.0f;
+}
+
+// A lane's part of all of them, and what products with the token are to be multiplied with.
 __device__ __forceinline__ float lane_squares(const Acts& x, int64_t t) {
     float sum = 0;
     if (x.squares == nullptr) return sum;
-    for (int i = threadIdx.x % kWarp; i < x.blocks; i += kWarp) sum += __ldcg(x.squares + t * x.blocks + i);
+    for (int from = 0; from < x.blocks; from += kWarp) sum += square_of(x, t, from);
     return sum;
 }
 

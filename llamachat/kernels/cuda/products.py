@@ -12,20 +12,60 @@ from llamachat.kernels.cuda import structures
 from llamachat.kernels.cuda.attention import pointer
 from llamachat.kernels.cuda.exchange import Exchange
 from llamachat.kernels.cuda.step import Steps
-from llamachat.kernels.cuda.weights import BLOCK, Packed
+from llamachat.kernels.cuda.weights import BLOCK, BOOK4, MIN, PLAIN8, Packed
 
 FEW = 16  # tokens that a weight is read packed for
 THREADS = 128
 TUNED_ON = "NVIDIA H100 80GB HBM3"
 STORE, ADD, SWIGLU, SEND = range(4)
-# By mode and tokens: rows of a warp, units of each on their way, and blocks that a processor shall
-# have room for. Measured on `TUNED_ON` with shapes of a 7B model.
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a product is compiled (linear.cu).
+
+    Attributes:
+        rows: of a warp.
+        depth: units of each that are on their way.
+        resident: blocks that a processor shall have room for.
+        warps: of a block; 0: as many as have its rows.
+        height: rows of a block.
+    """
+
+    rows: int
+    depth: int
+    resident: int
+    warps: int = 0
+    height: int = BLOCK
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """For the compiler."""
+        warps = self.warps or self.height // self.rows
+        return {
+            "HEIGHT": self.height,
+            "ROWS": self.rows,
+            "WARPS": warps,
+            "DEPTH": self.depth,
+            "RESIDENT": self.resident,
+        }
+
+
+# By mode and tokens, measured on `TUNED_ON` with shapes of a 7B and an 8B model.
 TILES = {
-    STORE: {1: (4, 1, 3), 2: (4, 1, 2), 4: (2, 1, 2), 8: (4, 1, 2)},
-    ADD: {1: (2, 2, 1), 2: (1, 1, 1), 4: (2, 1, 1), 8: (4, 1, 1)},
-    SWIGLU: {1: (4, 1, 3), 2: (4, 1, 2), 4: (8, 1, 3), 8: (4, 1, 2)},
+    STORE: {1: Tile(4, 1, 3), 2: Tile(4, 1, 3), 4: Tile(2, 1, 2, 8, 16), 8: Tile(2, 1, 3, 8, 16)},
+    ADD: {1: Tile(2, 2, 1), 2: Tile(1, 1, 1), 4: Tile(4, 1, 1, 16), 8: Tile(4, 1, 1)},
+    SWIGLU: {1: Tile(4, 1, 3), 2: Tile(4, 1, 3), 4: Tile(8, 1, 3), 8: Tile(4, 1, 2)},
 }
 TILES[SEND] = TILES[ADD]
+FITTING = 3  # blocks on most processors, for which STORE and SWIGLU are those above; otherwise:
+OTHERS = {
+    STORE: {1: Tile(2, 2, 3, 8, 16)},
+    SWIGLU: {1: Tile(8, 1, 2, 8), 4: Tile(8, 1, 2)},
+}
+# Sums of codes that take more to multiply, whose rows are shared by two warps without a rest.
+SHARED = Tile(2, 1, 1, 32)
+SHARING, SHARED_UNITS = frozenset({BOOK4, PLAIN8}), 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +80,8 @@ class Coded:
 class Products:
     """The kernels on one GPU."""
 
-    def __init__(self, steps: Steps, device: torch.device) -> None:
-        self._steps, self._device = steps, device
+    def __init__(self, steps: Steps, device: torch.device, processors: int) -> None:
+        self._steps, self._device, self._processors = steps, device, processors
 
     def acts(self, tokens: int, dim: int, norm: Norm | None = None) -> Coded:
         """Memory for activations (T, D), whose norm is still to be divided by if there is one."""
@@ -88,19 +128,16 @@ class Products:
         With `SEND` it goes to the processes of `exchange`.
         """
         tokens = x.tokens if wanted is None else len(wanted)
-        tiles = TILES[mode]
-        tile = next(t for t in tiles if t >= min(tokens, max(tiles)))
-        rows, depth, resident = tiles[tile]
+        at_once, tile = self._tile(mode, tokens, weight)
+        defines = tile.defines
         forms = " ".join(f"X({form})" for form in sorted({part.form for part in weight.parts}))
         kernel = self._steps.kernel(
             "linear.cu",
             "linear",
             FORMS=forms,
             MODE=mode,
-            TOKENS=tile,
-            ROWS=rows,
-            DEPTH=depth,
-            RESIDENT=resident,
+            TOKENS=at_once,
+            **defines,
         )
         called = structures.Linear if exchange is None else structures.Sending
         args = called(
@@ -121,5 +158,20 @@ class Products:
             assert isinstance(args, structures.Sending)
             exchange.address(args)
         several = weight.parts[:1] if mode == SWIGLU else weight.parts
-        blocks = sum(-(-part.shape[0] // BLOCK) for part in several)
-        kernel((blocks, -(-tokens // tile)), BLOCK // rows * 32, args)
+        blocks = sum(-(-part.shape[0] // BLOCK) for part in several) * (BLOCK // tile.height)
+        kernel((blocks, -(-tokens // at_once)), defines["WARPS"] * 32, args)
+
+    def _tile(self, mode: int, tokens: int, weight: Packed) -> tuple[int, Tile]:
+        """Tokens that a block does at once, and how."""
+        tiles = TILES[mode]
+        at_once = next(t for t in tiles if t >= min(tokens, max(tiles)))
+        structs = [part.struct for part in weight.parts]
+        if at_once == 1 and mode in (ADD, SEND):
+            is_shared = all(
+                it.form % MIN in SHARING and it.units % SHARED_UNITS == 0 for it in structs
+            )
+            return at_once, SHARED if is_shared else tiles[at_once]
+        rows = structs[0].rows if mode == SWIGLU else weight.shape[0]
+        is_fitting = -(-rows // (BLOCK * self._processors)) == FITTING
+        others = {} if is_fitting else OTHERS.get(mode, {})
+        return at_once, others.get(at_once, tiles[at_once])

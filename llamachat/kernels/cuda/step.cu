@@ -275,8 +275,10 @@ __device__ __forceinline__ void multiply(const Work& work, Grid& grid, Ring& rin
 __device__ __forceinline__ void attend(const Work& work, Grid& grid) {
     const Attention& a = work.attention;
     const int tiles = tiles_of(a);
-    for (int unit = blockIdx.x; unit < work.units; unit += gridDim.x)
+    for (int unit = blockIdx.x; unit < work.units; unit += gridDim.x) {
         attend_tile(a, unit % tiles, unit / tiles % a.splits, unit / tiles / a.splits, [&] { grid.wait(); });
+        sync_first<kThreads>();  // the next one writes to the same shared memory
+    }
 }
 
 __device__ __forceinline__ void keep(const Work& work, Grid& grid) {

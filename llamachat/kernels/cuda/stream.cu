@@ -19,6 +19,52 @@ extern "C" __global__ void bring(const __grid_constant__ Bring a) {
     a.to[i] = a.chosen != nullptr && i < a.tokens ? static_cast<int>(a.chosen[i]) : a.staged[i];
 }
 
+struct Best {
+    const float* logits;  // (B, V)
+    uint64_t* found;      // (B,) zeros, as they are again afterwards
+    int* tickets;         // (B,) the same
+    int64_t* ids;         // (B,)
+    int64_t width;        // V
+};
+
+// The larger the number, and of equal ones the lower its index, the larger is this; a NaN is the largest.
+__device__ __forceinline__ uint64_t ranked(float value, int64_t index) {
+    const uint32_t bits = __float_as_uint(value + 0.0f);  // a zero has one sign
+    const uint32_t rank = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return static_cast<uint64_t>(value == value ? rank : ~0u) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(index));
+}
+
+__device__ __forceinline__ uint64_t largest_of_warp(uint64_t mine) {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) mine = max(mine, __shfl_xor_sync(kAll, mine, step));
+    return mine;
+}
+
+// Which of a row is the largest: (blocks that share a row, rows).
+extern "C" __global__ void best(const __grid_constant__ Best a) {
+    release_next();
+    await_inputs();
+    __shared__ uint64_t of_warps[kWarp];
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const float* row = a.logits + blockIdx.y * a.width;
+    uint64_t mine = 0;
+#pragma unroll 8
+    for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < a.width; i += gridDim.x * blockDim.x)
+        mine = max(mine, ranked(row[i], i));
+    mine = largest_of_warp(mine);
+    if (lane == 0) of_warps[warp] = mine;
+    __syncthreads();
+    if (warp > 0) return;
+    mine = largest_of_warp(lane < static_cast<int>(blockDim.x) / kWarp ? of_warps[lane] : 0);
+    if (lane > 0) return;
+    atomicMax(a.found + blockIdx.y, mine);
+    __threadfence();
+    if (atomicAdd(a.tickets + blockIdx.y, 1) + 1 < static_cast<int>(gridDim.x)) return;
+    __threadfence();
+    a.ids[blockIdx.y] = 0xFFFFFFFFu - static_cast<uint32_t>(__ldcg(a.found + blockIdx.y));
+    a.found[blockIdx.y] = 0, a.tickets[blockIdx.y] = 0;
+}
+
 struct Angles {
     const int* position;
     const float* frequencies;
@@ -40,21 +86,30 @@ extern "C" __global__ void angles(const __grid_constant__ Angles a) {
 
 struct Embed {
     Part part;
+    Acts out;           // what becomes of h, where `gain` is not null
+    const float* gain;  // of the norm that follows
     const int* ids;
-    float* h;  // (T, dim)
+    float* h;           // (T, dim)
     int64_t dim;
 };
 
 extern "C" __global__ void embed(const __grid_constant__ Embed a) {
     release_next();
     await_inputs();
-    const int column = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
-    if (column >= a.dim) return;
-    float values[8];
+    const int block = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+    if (block * kBlock >= a.dim) return;
+    const int64_t t = blockIdx.y;
+    const int column = block * kBlock + threadIdx.x % kWarp;
+    float values[8], value = 0;
     // Of logits that are not numbers, anything may have been chosen, and the host does not know yet.
-    const int id = min(max(a.ids[blockIdx.y], 0), a.part.rows - 1);
-    values8<WEIGHTS>(a.part, id, column, values);
-    for (int i = 0; i < 8 && column + i < a.dim; ++i) a.h[blockIdx.y * a.dim + column + i] = values[i];
+    const int id = min(max(a.ids[t], 0), a.part.rows - 1);
+    if (column < a.dim) {
+        values8<WEIGHTS>(a.part, id, column / 8 * 8, values);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) value = column % 8 == i ? values[i] : value;
+        a.h[t * a.dim + column] = value;
+    }
+    if (a.gain != nullptr) store_normed(a.out, t, block, value, column < a.dim ? a.gain[column] : 0.0f);
 }
 
 struct Unpack {

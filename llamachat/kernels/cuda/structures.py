@@ -87,7 +87,7 @@ class Gather(Structure):
 
 
 class Bring(Structure):
-    """A batch (stream.cu, as the next four)."""
+    """A batch (stream.cu, as the next five)."""
 
     _fields_ = (
         ("staged", c_void_p),
@@ -95,6 +95,18 @@ class Bring(Structure):
         ("to", c_void_p),
         ("count", c_int32),
         ("tokens", c_int32),
+    )
+
+
+class Best(Structure):
+    """The largest logits."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("found", c_void_p),
+        ("tickets", c_void_p),
+        ("ids", c_void_p),
+        ("width", c_int64),
     )
 
 
@@ -114,7 +126,14 @@ class Angles(Structure):
 class Embed(Structure):
     """Rows of a table."""
 
-    _fields_ = (("part", Part), ("ids", c_void_p), ("h", c_void_p), ("dim", c_int64))
+    _fields_ = (
+        ("part", Part),
+        ("out", Acts),
+        ("gain", c_void_p),
+        ("ids", c_void_p),
+        ("h", c_void_p),
+        ("dim", c_int64),
+    )
 
 
 class Unpack(Structure):
