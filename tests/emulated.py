@@ -31,7 +31,13 @@ KERNELS = {  # of a source, and the structures they take
     "quantize.cu": {"quantize": "Quantize"},
     "attention.cu": dict.fromkeys(("store", "turn", "attend", "combine"), "Attention"),
     "step.cu": {"run_step": "Step"},
-    "stream.cu": {"angles": "Angles", "best": "Best", "embed": "Embed", "code": "Code"},
+    "stream.cu": {
+        "angles": "Angles",
+        "best": "Best",
+        "embed": "Embed",
+        "code": "Code",
+        "unpack": "Unpack",
+    },
 }
 
 
@@ -144,6 +150,9 @@ class Emulated(Cuda):
         self._is_pass = True
         try:
             with _Keeping(), self._steps.noting(len(batch.ids), batch.table.shape[1]):
-                return forward(batch)
+                result = forward(batch)
+                if self._waiting is not None:
+                    self._made(None, None)
+                return result
         finally:
             self._is_pass = False

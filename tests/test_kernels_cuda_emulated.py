@@ -18,7 +18,10 @@ from rows import Rows
 from torch import Tensor
 
 from llamachat.kernels import Batch, Cache, CacheShape
+from llamachat.kernels.cuda import prompts
+from llamachat.kernels.cuda.prompts import Prompts
 from llamachat.kernels.cuda.step import Tuning
+from llamachat.kernels.cuda.weights import pack
 from llamachat.kernels.reference import Reference
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here")
@@ -53,6 +56,29 @@ def test_products_are_the_reference_s(folder: Path) -> None:
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
     expected = REFERENCE.linear(x, REFERENCE.pack(parts))
     assert off(kernels.linear(x, kernels.pack(parts)), expected) < 1e-6
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 40])  # rows
+def test_parts_are_unpacked_in_turn(
+    folder: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "UNPACKED_BYTES", 2 * 90 * at_once)
+    forms = (("shifted", 33), ("shifted", 7), ("8 bits", 20))
+    parts = [random_qtensor(form, (rows, 90), 30) for form, rows in forms]
+    tiles = Prompts(Compiler(folder), torch.device("cpu"))._tiles(pack(parts, None, Tensor.cpu))
+    found = torch.cat([tile.clone() for tile in tiles])
+    assert torch.equal(found, torch.cat([part.dequantize() for part in parts]).bfloat16())
+
+
+@pytest.mark.parametrize("form", ["shifted", "8 bits with minimum", "4 bits"])
+def test_rows_are_looked_up_though_no_norm_follows(folder: Path, form: str) -> None:
+    weight = random_qtensor(form, (50, 96), 32)
+    at = torch.tensor([49, 0, 7], dtype=torch.int32)
+    kernels = Emulated(Compiler(folder))
+    packed = kernels.pack([weight], lookup=True)
+    batch = Batch(at, at, at, at, at, at.view(1, -1), at)
+    found = kernels.run(lambda static: kernels.embed(static, packed), batch)
+    assert off(found, weight.dequantize()[at.long()]) < 1e-6
 
 
 @pytest.mark.parametrize(("size", "tokens", "dim"), [(2, 1, 64), (3, 2, 100)])

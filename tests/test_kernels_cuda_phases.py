@@ -48,13 +48,16 @@ def steps(launches: Launches) -> Steps:
     return Steps(launches, torch.device("cpu"), 132, dict(EIGHT))
 
 
-def multiply(steps: Steps, *, form: int = PLAIN4, columns: int = 256, units: int = 100) -> None:
+def multiply(
+    steps: Steps, *, form: int = PLAIN4, columns: int = 256, units: int = 100, height: int = 32
+) -> None:
     args = structures.Linear(n_parts=1, tokens=1)
     args.x.blocks = columns // 32
     args.parts[0] = structures.Part(
         form=form, units=columns // 32, groups=columns // 32, scales=1, rows=32 * units
     )
-    steps.kernel("linear.cu", "linear", MODE=0, TOKENS=1)((units, 1), 256, args)
+    blocks = units * 32 // height
+    steps.kernel("linear.cu", "linear", MODE=0, TOKENS=1, HEIGHT=height)((blocks, 1), 256, args)
 
 
 def code(steps: Steps) -> None:
@@ -69,6 +72,15 @@ def test_products_of_a_pass_are_one_kernel_dealt_in_rotation(
             multiply(steps)
         assert not launches.made
     assert launches.made == ["3 phases from [0, 100, 68]"]
+
+
+def test_a_unit_is_32_rows_whatever_a_kernel_of_its_own_would_have(
+    steps: Steps, launches: Launches
+) -> None:
+    with steps.noting(1):
+        multiply(steps, height=16)
+        multiply(steps)
+    assert launches.made == ["2 phases from [0, 100]"]
 
 
 def test_what_is_no_phase_is_launched_after_those_before_it(

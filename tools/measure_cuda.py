@@ -122,6 +122,14 @@ def replay_seconds(decoder: Decoder, depth: int, form: str, tokens: int = 1) -> 
     return timed(recorded._graph.replay, 50)
 
 
+def passes(decoder: Decoder, form: str) -> Iterator[str]:
+    """What passes of several tokens take."""
+    for tokens in (1, 2, 4, 8, 16):
+        took = pass_seconds(decoder, tokens, 128), replay_seconds(decoder, 128, form, tokens)
+        whole, alone = (f"{seconds * 1e3:.3f} ms" for seconds in took)
+        yield f"pass of {tokens} at 128: {whole}, GPU alone {alone}"
+
+
 def sweep(decoder: Decoder, form: str) -> Iterator[str]:
     """Lines of a table: a recorded pass by how it is compiled, kernels of their own first."""
     yield "| warps | KiB of the ring | ms of 1, 2, 4, 8 tokens | tok/s | 4 beside 1 |"
@@ -260,8 +268,8 @@ def main() -> None:
     for decoding in (Sample(seed=1), Sample(seed=1, top_k=40, top_p=1)):
         rate = statistics.median(decode_rate(engine, 128, decoding) for _ in range(3))
         print(f"decode at 128, top-k {decoding.top_k}, top-p {decoding.top_p}: {rate:.1f} tok/s")
-    for tokens in (1, 2, 4, 8, 16):
-        print(f"pass of {tokens} at 128: {pass_seconds(decoder, tokens, 128) * 1e3:.3f} ms")
+    for line in passes(decoder, args.kv_cache):
+        print(line)
     print(f"prefill 512: {512 / pass_seconds(decoder, 512, 0, 8):.0f} tok/s")
     for depth in (160, 3500):
         print(f"| kernel at {depth} | us | GB/s |\n|---|---|---|")

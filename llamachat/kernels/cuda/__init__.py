@@ -11,7 +11,7 @@ what follows; only the norm's divisor is left to the product, which it is a fact
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -306,12 +306,12 @@ class Cuda(reference.Reference):
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """As flash attention where that can be."""
-        is_tail = span.causal and span.mask is not None  # causal behind a prefix
-        if not is_tail or q.dtype != torch.bfloat16 or q.shape[2] % 8:
+        if not span.causal or q.dtype != torch.bfloat16 or q.shape[2] % 8:
             with sdpa_kernel(SOFTMAX):
                 return super()._attend(q, keys, values, span)
         k, v = keys.unsqueeze(0), values.unsqueeze(0)
-        # for torch's own call the first query sees one key; for this, the last query sees all
+        # for torch's own call the first query sees one key; for this, the last query sees all, as
+        # behind a prefix
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             q.transpose(0, 1).unsqueeze(0), k, v, is_causal=True
         )[0]
@@ -321,10 +321,12 @@ class Cuda(reference.Reference):
         self, forward: Callable[[Batch], Tensor], batch: Batch, passes: dict[Shape, Pass]
     ) -> Tensor:
         def noted(static: Batch) -> Tensor:
-            if self._exchange is not None:  # between the phases
-                return forward(static)
-            with self._steps.noting(len(static.ids), static.table.shape[1]):
-                return forward(static)
+            noting = self._steps.noting(len(static.ids), static.table.shape[1])
+            with noting if self._exchange is None else nullcontext():  # sums come between phases
+                result = forward(static)
+                if self._waiting is not None:
+                    self._made(None, None)
+            return result
 
         shape = Shape.of(batch)
         if known := passes.pop(shape, None):

@@ -54,7 +54,7 @@ class Tile:
 # By mode and tokens, measured on `TUNED_ON` with shapes of a 7B and an 8B model.
 TILES = {
     STORE: {1: Tile(4, 1, 3), 2: Tile(4, 1, 3), 4: Tile(2, 1, 2, 8, 16), 8: Tile(2, 1, 3, 8, 16)},
-    ADD: {1: Tile(2, 2, 1), 2: Tile(1, 1, 1), 4: Tile(4, 1, 1, 16), 8: Tile(4, 1, 1)},
+    ADD: {1: Tile(2, 2, 1), 2: Tile(1, 1, 1), 4: Tile(2, 1, 1), 8: Tile(4, 1, 1)},
     SWIGLU: {1: Tile(4, 1, 3), 2: Tile(4, 1, 3), 4: Tile(8, 1, 3), 8: Tile(4, 1, 2)},
 }
 TILES[SEND] = TILES[ADD]

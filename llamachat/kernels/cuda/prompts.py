@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -61,15 +62,16 @@ class Prompts:
             yield first.codes[:, :cols]
         elif rows <= at_once:
             tile, end = self._tile(rows, cols), 0
-            for part in weight.parts:
-                begin, end = end, end + part.shape[0]
-                self._unpack(part, 0, tile[begin:end])
+            for _, alike in groupby(weight.parts, lambda part: part.form):
+                parts = tuple(alike)
+                begin, end = end, end + sum(part.shape[0] for part in parts)
+                self._unpack(parts, 0, tile[begin:end])
             yield tile
         else:
             for part in weight.parts:
                 for row in range(0, part.shape[0], at_once):
                     tile = self._tile(min(at_once, part.shape[0] - row), cols)
-                    self._unpack(part, row, tile)
+                    self._unpack((part,), row, tile)
                     yield tile
 
     def _tile(self, rows: int, cols: int) -> Tensor:
@@ -80,13 +82,14 @@ class Prompts:
         if part.codes.dtype == torch.float32:
             return part.codes[:, :cols]
         tile = self._tile(rows, cols)
-        self._unpack(part, 0, tile)
+        self._unpack((part,), 0, tile)
         return tile.float()
 
-    def _unpack(self, part: Part, first: int, out: Tensor) -> None:
-        """Rows from `first` on."""
+    def _unpack(self, parts: Sequence[Part], first: int, out: Tensor) -> None:
+        """Rows from `first` on of parts in one form, three at most."""
         rows, cols = out.shape
-        count = rows * -(-cols // 8)
-        args = structures.Unpack(part.struct, out.data_ptr(), cols, first, count)
-        kernel = self._compiler.kernel("stream.cu", "unpack", WEIGHTS=part.form)
-        kernel((-(-count // THREADS),), THREADS, args)
+        args = structures.Unpack(out=out.data_ptr(), columns=cols, first=first)
+        for i, part in enumerate(parts):
+            args.parts[i] = part.struct
+        kernel = self._compiler.kernel("stream.cu", "unpack", WEIGHTS=parts[0].form)
+        kernel((rows, -(-cols // (8 * THREADS))), THREADS, args)

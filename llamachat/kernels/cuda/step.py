@@ -143,7 +143,8 @@ class Steps:
             return launch(source, name, **defines)
 
         def note(grid: tuple[int, ...], threads: int, args: ctypes.Structure) -> None:
-            phase = self._phase(op, grid, args)
+            pieces = BLOCK // int(str(defines.get("HEIGHT", BLOCK)))  # of a unit, a block each
+            phase = self._phase(op, (grid[0] // pieces, *grid[1:]), args)
             if phase is None:  # then all passes are kernels of their own: both in turn are slower
                 self.flush()
                 self._tuned.clear()

@@ -113,24 +113,25 @@ extern "C" __global__ void embed(const __grid_constant__ Embed a) {
 }
 
 struct Unpack {
-    Part part;
+    Part parts[3];  // one after the other
     uint16_t* out;  // bfloat16 (rows, columns)
     int64_t columns;
-    int64_t first;  // row
-    int64_t count;  // of groups of eight
+    int64_t first;  // row, of all parts
 };
 
-// Columns beyond the last are left out: `columns` need not be a multiple of 8.
+// A block for a row and some of its groups of eight. Columns beyond the last are left out: `columns` need not be
+// a multiple of 8.
 extern "C" __global__ void unpack(const __grid_constant__ Unpack a) {
     release_next();
     await_inputs();
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= a.count) return;
-    const int64_t across = (a.columns + 7) / 8, row = i / across;
-    const int column = static_cast<int>(i % across) * 8;
+    const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
+    if (column >= a.columns) return;
+    int64_t from = a.first + blockIdx.x;
+    int n = 0;
+    for (; n < 2 && from >= a.parts[n].rows; ++n) from -= a.parts[n].rows;
     float values[8];
-    values8<WEIGHTS>(a.part, a.first + row, column, values);
-    uint16_t* to = a.out + row * a.columns + column;
+    values8<WEIGHTS>(a.parts[n], from, column, values);
+    uint16_t* to = a.out + blockIdx.x * a.columns + column;
     if (a.columns % 8 == 0) {
         uint32_t words[4];
 #pragma unroll

@@ -140,11 +140,10 @@ class Unpack(Structure):
     """Rows of a weight as bfloat16."""
 
     _fields_ = (
-        ("part", Part),
+        ("parts", Part * 3),
         ("out", c_void_p),
         ("columns", c_int64),
         ("first", c_int64),
-        ("count", c_int64),
     )
 
 
