@@ -42,6 +42,7 @@ __all__ = ["Cuda"]
 THREADS = 128
 LARGEST_HEAD = 256  # elements
 STEPPING = 9  # compute capability of GPUs that run a pass as one kernel
+FLASH = 8  # and from which they have flash attention
 MOST_PASSES = 64  # recorded over a cache; beyond, the one that was not used for longest goes
 # cuDNN's is not among them: it makes a plan for each new length (40 ms), and keeps it (a megabyte).
 SOFTMAX = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -115,6 +116,7 @@ class Cuda(reference.Reference):
         self._waiting: _Sum | _Lookup | None = None
         self._exchange: Exchange | None = None
         self._is_pass = False
+        self._has_flash = properties.major >= FLASH
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the GPU; copied while the host goes on."""
@@ -306,12 +308,12 @@ class Cuda(reference.Reference):
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """As flash attention where that can be."""
-        if not span.causal or q.dtype != torch.bfloat16 or q.shape[2] % 8:
+        is_flash = span.causal and q.dtype == torch.bfloat16 and q.shape[2] % 8 == 0
+        if not is_flash or not self._has_flash:
             with sdpa_kernel(SOFTMAX):
                 return super()._attend(q, keys, values, span)
         k, v = keys.unsqueeze(0), values.unsqueeze(0)
-        # for torch's own call the first query sees one key; for this, the last query sees all, as
-        # behind a prefix
+        # for torch's own call the first query sees one key; for this, the last query sees all
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             q.transpose(0, 1).unsqueeze(0), k, v, is_causal=True
         )[0]

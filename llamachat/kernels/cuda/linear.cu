@@ -176,7 +176,6 @@ __device__ __forceinline__ void add_codes(
     }
 }
 
-
 template <int FORM>
 __device__ __forceinline__ void add_floats(
     const Acts& x, const int (&from)[TOKENS], int unit, const Raw (&raw)[ROWS],
