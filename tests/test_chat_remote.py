@@ -113,6 +113,13 @@ def test_limits_and_stops_are_sent(api: Api) -> None:
     assert told == {"max_tokens": 5, "stop": ["END"], "logprobs": True, "top_logprobs": 2}
 
 
+def test_a_bound_beyond_the_context_is_left_out(api: Api) -> None:
+    """Some servers refuse it, as they refuse a prompt; without one the reply ends there too."""
+    api.responses = [failed(400, "maximum context length is 9 tokens"), said("one")]
+    assert ask(talk(api, max_new_tokens=5)).text == "one"
+    assert [it.get("max_tokens") for it in api.asked] == [5, None]
+
+
 def test_a_stop_string_that_the_server_passes_on_ends_the_reply(api: Api) -> None:
     api.responses = [said("one E", "ND two", " three")]
     done = ask(talk(api, stop=["END"]))
@@ -158,6 +165,7 @@ def test_what_was_asked_for_is_said_in_the_words_of_the_server(
         ("vllm", {"strategy": "beam:4"}, "--num-beams"),
         ("vllm-behind-another", {"top_k": 4}, "--top-k"),
         ("llamacpp", {"seed": (1 << 32) - 1}, "--seed"),
+        ("vllm", {"logit_bias": ((17, 101.0),)}, "--logit-bias"),
     ],
 )
 def test_what_a_server_does_not_take_is_named_and_nothing_sent(
@@ -276,6 +284,8 @@ def test_slow_drips_are_no_silence(api: Api) -> None:
         (Response([event({"choices": 5})]), TransferError, "not understood"),
         (Response([event({"choices": [{"delta": {"content": 5}}]})]), TransferError, "understood"),
         (Response([event({"error": {"message": "out of memory"}})]), TransferError, "out of mem"),
+        (Response([event({"error": {"message": "no id 9", "code": 400}})]), UsageError, "no id 9"),
+        (Response([event({"error": {"message": "burns", "code": 500}})]), TransferError, "burns"),
         (Response([b"junk"], headers={"content-encoding": "gzip"}), TransferError, "compressed"),
     ],
 )

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import time
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+from endpoints import QUESTION, ask, free_port, serving, talk
 from programs import LLAMACHAT
 from programs import run as run_program
 
 from llamachat.chat.endpoint import Endpoint, parse_endpoint
-from llamachat.chat.events import Done, Text
+from llamachat.chat.events import Text
 from llamachat.chat.options import Options, Said
 from llamachat.chat.pieces import AsMessages
 from llamachat.chat.remote import connect
@@ -25,7 +24,6 @@ from llamachat.chat.session import ChatSession
 from llamachat.errors import AccessError, ModelNotFoundError, PromptTooLongError, UsageError
 
 KEY = "s3cret"
-QUESTION = "Once upon a time"
 GREEDY = {"strategy": "greedy"}
 
 
@@ -37,47 +35,16 @@ def server(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[End
         pytest.skip("LLAMACHAT_TEST_LLAMA_SERVER is not set")
     key = tmp_path_factory.mktemp("key") / "key"
     key.write_text(KEY)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = free_port()
     settings = {
         "--model": str(data / "models/stories260K/stories260K.gguf"), "--alias": "stories",
         "--host": "127.0.0.1", "--port": port, "--api-key-file": str(key),
         "--threads": "1", "--parallel": "1", "--ctx-size": "512",
     }  # fmt: skip
     command = [program, *(word for pair in settings.items() for word in pair)]
-    silent = subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=silent, stdout=silent, stderr=silent) as process:
-        try:
-            endpoint = parse_endpoint(f"127.0.0.1:{port}", KEY)
-            _until_healthy(endpoint, process)
-            yield endpoint
-        finally:
-            process.kill()  # idle connections would keep it for a while
-
-
-def _until_healthy(endpoint: Endpoint, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 30
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urlopen(f"{endpoint.root}/health", timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    pytest.fail("the server does not start")
-
-
-def talk(endpoint: Endpoint, said: dict[str, Any] | None = None, **settings: Any) -> ChatSession:
-    settings = {"max_new_tokens": 12, **settings}
-    options = Options(Said(**said or {}))
-    server = connect(endpoint, None, lambda _: None)
-    return ChatSession(server, template=AsMessages(), options=options, **settings)
-
-
-def ask(session: ChatSession, question: str = QUESTION) -> Done:
-    *_, done = session.send(question)
-    assert isinstance(done, Done)
-    assert done.problem is None
-    return done
+    endpoint = parse_endpoint(f"127.0.0.1:{port}", KEY)
+    with serving(command, endpoint, end=signal.SIGKILL):  # idle connections would keep it
+        yield endpoint
 
 
 def text(endpoint: Endpoint, **said: Any) -> str:

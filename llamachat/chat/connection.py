@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PAUSES_S = (0.5, 1.0)  # before what failed before any text is tried again, where nobody says
 MOST_PAUSE_S = 60.0
 MOST_WORDS = 300  # characters of a server's own message that are shown
+_REFUSALS = (400, 405, 413, 415, 422)
 _TOO_LONG = re.compile(
     r"context.?(length|size|window)|maximum context|max_model_len|exceed_context|"
     r"prompt is too long|(inputs|input tokens).{0,40}(exceed|must|longer|less)",
@@ -109,17 +110,21 @@ class Connection:
         import httpx2
         import openai
 
-        is_over = False
+        is_begun, is_over = False, False
         try:
             for chunk in stream:
                 heard()
+                is_begun = True
                 is_over = is_over or any(it.finish_reason for it in chunk.choices)
                 yield chunk
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
             cause = self._clean(error.__cause__ or error)
             raise TransferError(f"the reply broke off: {cause}") from None
         except openai.APIError as error:
-            raise TransferError(f"the server failed: {self._clean(error.message)}") from None
+            told = self._clean(error.message)
+            if not is_begun and error.code in {str(it) for it in _REFUSALS}:  # vLLM, of some fields
+                raise _refusal(told, error.body) from None
+            raise TransferError(f"the server failed: {told}") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TransferError("the server sent an event that is not understood") from error
         if not is_over:
@@ -195,12 +200,8 @@ class Connection:
         if status == 404:
             hint = "-m NAME names a model of the server; the address ends with /v1 mostly"
             return ModelNotFoundError(f"{url}: {told}", hint=hint)
-        if status in (400, 413, 422) and _TOO_LONG.search(f"{told} {error.body}"):
-            return PromptTooLongError(
-                f"the context of the server is full: {told}", hint="/undo, /clear, or ask for less"
-            )
-        if status in (400, 405, 413, 415, 422):
-            return UsageError(f"the server refuses this: {told}")
+        if status in _REFUSALS:
+            return _refusal(told, error.body)
         return TransferError(f"{url}: the server failed with status {status}: {told}")
 
     def _clean(self, words: object) -> str:
@@ -304,6 +305,15 @@ def _asked_pause(error: APIStatusError, usual_s: float) -> float:
     """The seconds that the server asks for, within reason."""
     asked = error.response.headers.get("retry-after", "")
     return min(float(asked), MOST_PAUSE_S) if re.fullmatch(r"\d{1,9}(\.\d+)?", asked) else usual_s
+
+
+def _refusal(told: str, body: object) -> LlamachatError:
+    """That a request will not do: its prompt is too long, or something else."""
+    if _TOO_LONG.search(f"{told} {body}"):
+        return PromptTooLongError(
+            f"the context of the server is full: {told}", hint="/undo, /clear, or ask for less"
+        )
+    return UsageError(f"the server refuses this: {told}")
 
 
 def _message(error: APIStatusError) -> str:

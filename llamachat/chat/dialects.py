@@ -9,6 +9,7 @@ router/src/lib.rs (`ChatRequest`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +52,7 @@ class Dialect:
         ignores_ends: whether it can be told to go on where the model would stop.
         looks_back: the field for how many tokens a repetition penalty looks at; None: at all.
         most_seed: the largest that it tells from others.
+        most_bias: the largest of a logit that it does not make smaller.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Dialect:
     ignores_ends: bool = False
     looks_back: str | None = None
     most_seed: int = (1 << 63) - 1
+    most_bias: float = math.inf
 
     def fields(self, decoding: Decoding, ctx_size: int = UNBOUNDED) -> dict[str, Any]:
         """The fields of a request that decodes so; all that it means is said, but the seed.
@@ -89,7 +92,7 @@ class Dialect:
             elif not is_off:
                 raise self.refusal(FLAGS.get(name, f"--{name.replace('_', '-')}"))
         if "logit_bias" in found:
-            found["logit_bias"] = {str(token): bias for token, bias in found["logit_bias"]}
+            found["logit_bias"] = dict(map(self._bias, found["logit_bias"]))
         if self.looks_back and values["repetition_penalty"] != 1:
             found[self.looks_back] = min(ctx_size, MOST_LOOK_BACK)
         return found
@@ -107,6 +110,13 @@ class Dialect:
     def refusal(self, flag: str) -> UsageError:
         """That the server does not take what a flag asks for."""
         return UsageError(f"{flag}: {self.name} does not take it", hint="leave it out")
+
+    def _bias(self, pair: tuple[int, float]) -> tuple[str, float]:
+        token, bias = pair
+        if abs(bias) > self.most_bias:
+            most = f"{self.name} takes -{self.most_bias:g} to {self.most_bias:g}"
+            raise UsageError(f"--logit-bias {token}={bias:g}: {most}")
+        return str(token), bias
 
     def _beams(self, values: dict[str, Any]) -> dict[str, Any]:
         if not self.beams:
@@ -142,7 +152,10 @@ _VLLM = {name: name for name in ("top_k", "min_p", "repetition_penalty")}
 _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 UNKNOWN = Dialect("this server")
 DIALECTS = (
-    Dialect("vLLM", "vllm", _VLLM, off={"top_k": -1}, goes_on=_CONTINUE, ignores_ends=True),
+    Dialect(
+        "vLLM", "vllm", _VLLM, off={"top_k": -1}, goes_on=_CONTINUE, ignores_ends=True,
+        most_bias=100,
+    ),
     Dialect(
         "SGLang", "sglang", _VLLM, off={"top_k": -1}, ignores_ends=True,
         goes_on={"continue_final_message": True},

@@ -27,7 +27,7 @@ from llamachat.engine.events import (
     Token,
     Usage,
 )
-from llamachat.errors import ModelNotFoundError, TransferError, UsageError
+from llamachat.errors import ModelNotFoundError, PromptTooLongError, TransferError, UsageError
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionChunk
@@ -120,7 +120,7 @@ class Remote:
         if decoding.seed is not None:
             further["seed"] = self.dialect.seed(decoding.seed + attempt)
         yield Prefill(0, len(ids), 0)
-        with closing(self.connection.stream({**request, "extra_body": further})) as chunks:
+        with closing(self._chunks({**request, "extra_body": further})) as chunks:
             yield from self._followed(chunks, len(ids), ends, list(ids[len(ids) - continued :]))
 
     def generate_many(
@@ -133,6 +133,18 @@ class Remote:
             with closing(self.generate(ids, decoding, **settings)) as events:
                 for event in events:
                     yield index, event
+
+    def _chunks(self, request: Mapping[str, Any]) -> Generator[ChatCompletionChunk, None, None]:
+        """What the server sends. Some refuse to bound a reply by more than the context has left:
+        one that has no bound ends there.
+        """
+        try:
+            yield from self.connection.stream(request)
+        except PromptTooLongError:
+            if "max_tokens" not in request:
+                raise
+            unbound = {name: it for name, it in request.items() if name != "max_tokens"}
+            yield from self.connection.stream(unbound)
 
     def _goes_on(self, continued: int) -> Mapping[str, Any]:
         """What makes the server go on with the reply that is there."""
