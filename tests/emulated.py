@@ -149,10 +149,7 @@ class Emulated(Cuda):
         """As it is called."""
         self._is_pass = True
         try:
-            with _Keeping(), self._steps.noting(len(batch.ids), batch.table.shape[1]):
-                result = forward(batch)
-                if self._waiting is not None:
-                    self._made(None, None)
-                return result
+            with _Keeping():
+                return self._noted(forward, batch)
         finally:
             self._is_pass = False

@@ -14,14 +14,17 @@ from urllib.request import urlopen
 
 import pytest
 
-from llamachat.chat.endpoint import Endpoint
+from llamachat.chat.endpoint import Endpoint, parse_endpoint
 from llamachat.chat.events import Done
 from llamachat.chat.options import Options, Said
 from llamachat.chat.pieces import AsMessages
 from llamachat.chat.remote import connect
 from llamachat.chat.session import ChatSession
+from llamachat.errors import AccessError, ModelNotFoundError, PromptTooLongError
 
 QUESTION = "Once upon a time"
+KEY = "s3cret"
+GREEDY = {"strategy": "greedy"}
 
 
 def free_port() -> str:
@@ -75,3 +78,56 @@ def ask(session: ChatSession, question: str = QUESTION) -> Done:
     assert isinstance(done, Done)
     assert done.problem is None
     return done
+
+
+def text(endpoint: Endpoint, **said: Any) -> str:
+    """The reply to the usual question."""
+    return ask(talk(endpoint, said)).text
+
+
+class AsEveryServer:
+    """Tests of a module whose fixture `server` has a context of 512 tokens and wants the key."""
+
+    def test_a_seed_repeats_its_reply(self, server: Endpoint) -> None:
+        texts = [text(server, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+        assert texts[0] == texts[1] != texts[2]
+
+    @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
+    def test_a_filter_that_leaves_one_token_is_greedy(
+        self, server: Endpoint, filters: dict[str, float]
+    ) -> None:
+        assert text(server, temperature=2.0, seed=5, **filters) == text(server, **GREEDY)
+
+    def test_a_stop_string_ends_the_reply(self, server: Endpoint) -> None:
+        whole = text(server, **GREEDY)
+        stop = whole[5:8]
+        done = ask(talk(server, GREEDY, stop=[stop]))
+        assert (done.text, done.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+    def test_probabilities_are_those_of_the_choice(self, server: Endpoint) -> None:
+        done = ask(talk(server, GREEDY, logprobs=3, max_new_tokens=5))
+        assert len(done.logprobs) == 5
+        for known in done.logprobs:
+            assert known.chosen.id == known.top[0].id
+            assert [it.logprob for it in known.top] == sorted(it.logprob for it in known.top)[::-1]
+
+    def test_a_reply_goes_on_where_it_stopped(self, server: Endpoint) -> None:
+        session = talk(server, GREEDY, max_new_tokens=10)
+        ask(session)
+        list(session.continue_())
+        assert session.messages[-1].content == ask(talk(server, GREEDY, max_new_tokens=20)).text
+
+    def test_a_prompt_that_is_too_long_is_told_as_that(self, server: Endpoint) -> None:
+        endpoint = connect(server, None, lambda _: None, ctx_size=100_000)
+        session = ChatSession(endpoint, template=AsMessages(), options=Options(Said()))
+        with pytest.raises(PromptTooLongError, match="512"):
+            ask(session, "word " * 600)
+
+    @pytest.mark.parametrize("key", [None, "wrong"])
+    def test_without_the_key_nobody_gets_in(self, server: Endpoint, key: str | None) -> None:
+        with pytest.raises(AccessError):
+            ask(talk(parse_endpoint(server.url, key)))
+
+    def test_a_model_that_is_not_there_is_told(self, server: Endpoint) -> None:
+        with pytest.raises(ModelNotFoundError, match="other"):
+            connect(server, "other", lambda _: None)

@@ -7,24 +7,28 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-from endpoints import QUESTION, ask, free_port, serving, talk
+from endpoints import (
+    GREEDY,
+    KEY,
+    QUESTION,
+    AsEveryServer,
+    ask,
+    free_port,
+    serving,
+    talk,
+    text,
+)
 from programs import LLAMACHAT
 from programs import run as run_program
 
 from llamachat.chat.endpoint import Endpoint, parse_endpoint
 from llamachat.chat.events import Text
 from llamachat.chat.options import Options, Said
-from llamachat.chat.pieces import AsMessages
 from llamachat.chat.remote import connect
-from llamachat.chat.session import ChatSession
-from llamachat.errors import AccessError, ModelNotFoundError, PromptTooLongError, UsageError
-
-KEY = "s3cret"
-GREEDY = {"strategy": "greedy"}
+from llamachat.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +51,8 @@ def server(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[End
         yield endpoint
 
 
-def text(endpoint: Endpoint, **said: Any) -> str:
-    return ask(talk(endpoint, said)).text
-
-
-def test_a_seed_repeats_its_reply(server: Endpoint) -> None:
-    texts = [text(server, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
-def test_a_filter_that_leaves_one_token_is_greedy(
-    server: Endpoint, filters: dict[str, float]
-) -> None:
-    assert text(server, temperature=2.0, seed=5, **filters) == text(server, **GREEDY)
+class TestLlamaServer(AsEveryServer):
+    pass
 
 
 def test_the_most_typical_token_is_the_same_for_every_seed(server: Endpoint) -> None:
@@ -103,40 +95,11 @@ def test_a_seed_that_the_server_would_take_for_another_is_refused(server: Endpoi
         text(server, seed=1 << 32)
 
 
-def test_a_stop_string_ends_the_reply(server: Endpoint) -> None:
-    whole = text(server, **GREEDY)
-    stop = whole[5:8]
-    done = ask(talk(server, GREEDY, stop=[stop]))
-    assert (done.text, done.finish_reason) == (whole[: whole.index(stop)], "stop")
-
-
 def test_tokens_are_counted_and_reused(server: Endpoint) -> None:
     session = talk(server, GREEDY, max_new_tokens=5)
     first, second = ask(session), ask(session, "And then?")
     assert (first.finish_reason, first.completion_tokens) == ("length", 5)
     assert first.prompt_tokens <= second.reused_tokens < second.prompt_tokens
-
-
-def test_probabilities_are_those_of_the_choice(server: Endpoint) -> None:
-    done = ask(talk(server, GREEDY, logprobs=3, max_new_tokens=5))
-    assert len(done.logprobs) == 5
-    for known in done.logprobs:
-        assert known.chosen.id == known.top[0].id
-        assert [it.logprob for it in known.top] == sorted(it.logprob for it in known.top)[::-1]
-
-
-def test_a_reply_goes_on_where_it_stopped(server: Endpoint) -> None:
-    session = talk(server, GREEDY, max_new_tokens=10)
-    ask(session)
-    list(session.continue_())
-    assert session.messages[-1].content == ask(talk(server, GREEDY, max_new_tokens=20)).text
-
-
-def test_a_prompt_that_is_too_long_is_told_as_that(server: Endpoint) -> None:
-    endpoint = connect(server, None, lambda _: None, ctx_size=100_000)
-    session = ChatSession(endpoint, template=AsMessages(), options=Options(Said()))
-    with pytest.raises(PromptTooLongError, match="512"):
-        ask(session, "word " * 600)
 
 
 def test_an_interrupted_reply_leaves_the_server_free(server: Endpoint) -> None:
@@ -146,17 +109,6 @@ def test_an_interrupted_reply_leaves_the_server_free(server: Endpoint) -> None:
     reply.close()
     assert session.messages[-1].content
     assert ask(talk(server, GREEDY)).finish_reason == "length"
-
-
-@pytest.mark.parametrize("key", [None, "wrong"])
-def test_without_the_key_nobody_gets_in(server: Endpoint, key: str | None) -> None:
-    with pytest.raises(AccessError):
-        ask(talk(parse_endpoint(server.url, key)))
-
-
-def test_a_model_that_is_not_there_is_told(server: Endpoint) -> None:
-    with pytest.raises(ModelNotFoundError, match="other"):
-        connect(server, "other", lambda _: None)
 
 
 def test_every_field_that_is_sent_arrives(server: Endpoint) -> None:

@@ -13,21 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoints import QUESTION, ask, free_port, serving, talk
+from endpoints import (
+    GREEDY,
+    KEY,
+    QUESTION,
+    AsEveryServer,
+    ask,
+    free_port,
+    serving,
+    talk,
+    text,
+)
 from programs import LLAMACHAT
 from programs import run as run_program
 
 from llamachat.chat.endpoint import Endpoint, parse_endpoint
 from llamachat.chat.events import Text
-from llamachat.chat.options import Options, Said
-from llamachat.chat.pieces import AsMessages
 from llamachat.chat.remote import connect
-from llamachat.chat.session import ChatSession
-from llamachat.errors import AccessError, ModelNotFoundError, PromptTooLongError, UsageError
+from llamachat.errors import UsageError
 
-KEY = "s3cret"
 CTX_SIZE = 512
-GREEDY = {"strategy": "greedy"}
 START_S = 300
 # The memory of a CPU build, in GiB; it sends nothing to anyone.
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -54,25 +59,13 @@ def server() -> Iterator[Endpoint]:
             yield endpoint
 
 
-def text(endpoint: Endpoint, **said: Any) -> str:
-    return ask(talk(endpoint, said)).text
+class TestVLLM(AsEveryServer):
+    pass
 
 
 def test_the_server_tells_its_kind_and_its_context(server: Endpoint) -> None:
     facts = connect(server, None, lambda _: None).facts
     assert (facts["model"], facts["server"], facts["ctx_size"]) == ("small", "vLLM", CTX_SIZE)
-
-
-def test_a_seed_repeats_its_reply(server: Endpoint) -> None:
-    texts = [text(server, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
-def test_a_filter_that_leaves_one_token_is_greedy(
-    server: Endpoint, filters: dict[str, float]
-) -> None:
-    assert text(server, temperature=2.0, seed=5, **filters) == text(server, **GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -117,39 +110,10 @@ def test_what_the_server_refuses_late_is_a_refusal(server: Endpoint) -> None:
         text(server, logit_bias=((10_000_000, 5.0),))
 
 
-def test_a_stop_string_ends_the_reply(server: Endpoint) -> None:
-    whole = text(server, **GREEDY)
-    stop = whole[5:8]
-    done = ask(talk(server, GREEDY, stop=[stop]))
-    assert (done.text, done.finish_reason) == (whole[: whole.index(stop)], "stop")
-
-
 def test_tokens_are_counted(server: Endpoint) -> None:
     done = ask(talk(server, GREEDY, max_new_tokens=5))
     assert (done.finish_reason, done.completion_tokens) == ("length", 5)
     assert 0 < done.prompt_tokens < CTX_SIZE
-
-
-def test_probabilities_are_those_of_the_choice(server: Endpoint) -> None:
-    done = ask(talk(server, GREEDY, logprobs=3, max_new_tokens=5))
-    assert len(done.logprobs) == 5
-    for known in done.logprobs:
-        assert known.chosen.id == known.top[0].id
-        assert [it.logprob for it in known.top] == sorted(it.logprob for it in known.top)[::-1]
-
-
-def test_a_reply_goes_on_where_it_stopped(server: Endpoint) -> None:
-    session = talk(server, GREEDY, max_new_tokens=10)
-    ask(session)
-    list(session.continue_())
-    assert session.messages[-1].content == ask(talk(server, GREEDY, max_new_tokens=20)).text
-
-
-def test_a_prompt_that_is_too_long_is_told_as_that(server: Endpoint) -> None:
-    endpoint = connect(server, None, lambda _: None, ctx_size=100_000)
-    session = ChatSession(endpoint, template=AsMessages(), options=Options(Said()))
-    with pytest.raises(PromptTooLongError, match=str(CTX_SIZE)):
-        ask(session, "word " * 600)
 
 
 def test_a_reply_may_be_bounded_by_more_than_the_context(server: Endpoint) -> None:
@@ -163,17 +127,6 @@ def test_an_interrupted_reply_leaves_the_server_free(server: Endpoint) -> None:
     reply.close()
     assert session.messages[-1].content
     assert ask(talk(server, GREEDY)).finish_reason == "length"
-
-
-@pytest.mark.parametrize("key", [None, "wrong"])
-def test_without_the_key_nobody_gets_in(server: Endpoint, key: str | None) -> None:
-    with pytest.raises(AccessError):
-        ask(talk(parse_endpoint(server.url, key)))
-
-
-def test_a_model_that_is_not_there_is_told(server: Endpoint) -> None:
-    with pytest.raises(ModelNotFoundError, match="other"):
-        connect(server, "other", lambda _: None)
 
 
 def test_programs_answer_through_pipes(server: Endpoint, tmp_path: Path) -> None:

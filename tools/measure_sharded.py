@@ -1,7 +1,7 @@
 """Speed, memory and correctness of a 70B shape on one GPU and on two, with random int4 weights.
 
     python tools/measure_sharded.py alone [--layers 80]
-    torchrun --nproc-per-node 2 tools/measure_sharded.py together [--layers 80]
+    torchrun --nproc-per-node 2 tools/measure_sharded.py together [--layers 80] [--sum nccl]
 
 Weights are made on the GPU from their names, so that each process has its part of the same model.
 The second command compares logits with those of the first, and of two layers in float32 on the

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -322,14 +323,7 @@ class Cuda(reference.Reference):
     def _few(
         self, forward: Callable[[Batch], Tensor], batch: Batch, passes: dict[Shape, Pass]
     ) -> Tensor:
-        def noted(static: Batch) -> Tensor:
-            noting = self._steps.noting(len(static.ids), static.table.shape[1])
-            with noting if self._exchange is None else nullcontext():  # sums come between phases
-                result = forward(static)
-                if self._waiting is not None:
-                    self._made(None, None)
-            return result
-
+        noted = partial(self._noted, forward)
         shape = Shape.of(batch)
         if known := passes.pop(shape, None):
             passes[shape] = known  # the latest
@@ -339,6 +333,15 @@ class Cuda(reference.Reference):
             del passes[next(iter(passes))]
         passes[shape] = Pass(shape, self._steps, self.device)
         return passes[shape].run(noted, batch)
+
+    def _noted(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """One pass over what is on the GPU, as one kernel where that is faster."""
+        noting = self._steps.noting(len(batch.ids), batch.table.shape[1])
+        with noting if self._exchange is None else nullcontext():  # sums come between phases
+            result = forward(batch)
+            if self._waiting is not None:
+                self._made(None, None)
+        return result
 
     def _normed(self, h: Tensor, norm: Norm) -> Coded:
         """Codes of h times the norm's weight; a sum or look-up that waits for them makes them."""
@@ -366,15 +369,9 @@ class Cuda(reference.Reference):
     def _looked_up(self, asked: _Lookup, out: Coded | None, gain: Tensor | None) -> None:
         (part,) = asked.weight.parts
         tokens, dim = asked.h.shape
-        args = structures.Embed(
-            part=part.struct,
-            gain=pointer(gain),
-            ids=asked.ids.data_ptr(),
-            h=asked.h.data_ptr(),
-            dim=dim,
-        )
-        if out is not None:
-            args.out = out.struct
+        acts = structures.Acts() if out is None else out.struct
+        pointers = (pointer(tensor) for tensor in (gain, asked.ids, asked.h))
+        args = structures.Embed(part.struct, acts, *pointers, dim)
         kernel = self._steps.kernel("stream.cu", "embed", WEIGHTS=part.form)
         kernel((_ceil(dim, THREADS), tokens), THREADS, args)
 

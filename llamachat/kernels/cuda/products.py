@@ -128,7 +128,9 @@ class Products:
         With `SEND` it goes to the processes of `exchange`.
         """
         tokens = x.tokens if wanted is None else len(wanted)
-        at_once, tile = self._tile(mode, tokens, weight)
+        several = weight.parts[:1] if mode == SWIGLU else weight.parts
+        blocks = sum(-(-part.shape[0] // BLOCK) for part in several)
+        at_once, tile = self._tile(mode, tokens, weight, blocks)
         defines = tile.defines
         forms = " ".join(f"X({form})" for form in sorted({part.form for part in weight.parts}))
         kernel = self._steps.kernel(
@@ -157,21 +159,19 @@ class Products:
         if exchange is not None:
             assert isinstance(args, structures.Sending)
             exchange.address(args)
-        several = weight.parts[:1] if mode == SWIGLU else weight.parts
-        blocks = sum(-(-part.shape[0] // BLOCK) for part in several) * (BLOCK // tile.height)
-        kernel((blocks, -(-tokens // at_once)), defines["WARPS"] * 32, args)
+        grid = (blocks * (BLOCK // tile.height), -(-tokens // at_once))
+        kernel(grid, defines["WARPS"] * 32, args)
 
-    def _tile(self, mode: int, tokens: int, weight: Packed) -> tuple[int, Tile]:
-        """Tokens that a block does at once, and how."""
+    def _tile(self, mode: int, tokens: int, weight: Packed, blocks: int) -> tuple[int, Tile]:
+        """Tokens that a block does at once, and how; there are so many `blocks` of 32 rows."""
         tiles = TILES[mode]
         at_once = next(t for t in tiles if t >= min(tokens, max(tiles)))
-        structs = [part.struct for part in weight.parts]
         if at_once == 1 and mode in (ADD, SEND):
             is_shared = all(
-                it.form % MIN in SHARING and it.units % SHARED_UNITS == 0 for it in structs
+                part.form % MIN in SHARING and part.struct.units % SHARED_UNITS == 0
+                for part in weight.parts
             )
             return at_once, SHARED if is_shared else tiles[at_once]
-        rows = structs[0].rows if mode == SWIGLU else weight.shape[0]
-        is_fitting = -(-rows // (BLOCK * self._processors)) == FITTING
+        is_fitting = -(-blocks // self._processors) == FITTING
         others = {} if is_fitting else OTHERS.get(mode, {})
         return at_once, others.get(at_once, tiles[at_once])
