@@ -33,10 +33,13 @@ KERNELS = {  # of a source, and the structures they take
     "step.cu": {"run_step": "Step"},
     "stream.cu": {
         "angles": "Angles",
+        "bring": "Bring",
         "best": "Best",
         "embed": "Embed",
         "code": "Code",
         "unpack": "Unpack",
+        "norm_rows": "Rows",
+        "gate_rows": "Rows",
     },
 }
 

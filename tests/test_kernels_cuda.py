@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from acts import values_of
+from prompt_rows import check_rows
 from quantized import FORMS, random_qtensor, random_quantized_decoder
 from rows import Rows, alone
 from torch import Tensor
@@ -115,6 +116,11 @@ def test_prompts_multiply_unpacked_weights(form: str) -> None:
     weight, x = random_qtensor(form, (70, 192), 32), random(FEW + 1, 192)
     expected = x.double() @ weight.dequantize().double().T
     assert off(kernels().linear(x.cuda(), kernels().pack([weight])), expected) < 6e-3
+
+
+@pytest.mark.parametrize("dim", [96, 1100, 4097])
+def test_norms_and_gates_of_a_prompt_are_the_reference_s(dim: int) -> None:
+    check_rows(kernels()._prompts, "cuda", dim)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(72, 160), (96, 512)])
@@ -237,6 +243,7 @@ def test_recorded_passes_give_what_unrecorded_ones_do(tokens: int) -> None:
     rows = []
     for i in range(0, len(ids), tokens):
         fresh.cache.passes.clear()
+        torch.cuda._sleep(10_000_000)  # cycles, by which the GPU is late
         rows.append(fresh.run([(0, token) for token in ids[i : i + tokens]]))
     assert torch.equal(recorded, torch.cat(rows))
 

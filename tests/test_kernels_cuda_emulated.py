@@ -5,7 +5,9 @@ Threads take turns at random, and copies come late and in any order (native/emul
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,21 +15,24 @@ import torch
 from acts import values_of
 from emulated import COMPILER, Compiler, Emulated
 from exchanging import Sums
+from prompt_rows import check_rows
 from quantized import SMALL, random_qtensor, random_quantized_decoder
 from rows import Rows
 from torch import Tensor
 
 from llamachat.kernels import Batch, Cache, CacheShape
 from llamachat.kernels.cuda import prompts
+from llamachat.kernels.cuda.attention import Asked
+from llamachat.kernels.cuda.passes import Pass, Shape, Staging
 from llamachat.kernels.cuda.prompts import Prompts
-from llamachat.kernels.cuda.step import Tuning
+from llamachat.kernels.cuda.step import Launch, Tuning
 from llamachat.kernels.cuda.weights import pack
 from llamachat.kernels.reference import Reference
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ here")
 
 REFERENCE = Reference(activation_bits=8)
-STEPS = {1: Tuning(4, ring_bytes=50_000, entries=1024), 8: Tuning(8, entries=1024)}
+STEPS = {1: Tuning(4, ring_bytes=50_000, entries=1024), 8: Tuning(8, entries=1024, arriving=32)}
 FORMS = ["shifted", "8 bits", "4 bits with minimum", "bfloat16", "4 bits", "8 bits with minimum"]
 # Rows of which some are beyond the last of 32, columns that fill some boxes of a stage, and fewer
 # heads than blocks.
@@ -70,6 +75,37 @@ def test_parts_are_unpacked_in_turn(
     assert torch.equal(found, torch.cat([part.dequantize() for part in parts]).bfloat16())
 
 
+@pytest.mark.parametrize("dim", [96, 1100, 4097])
+def test_norms_and_gates_of_a_prompt_are_the_reference_s(folder: Path, dim: int) -> None:
+    check_rows(Prompts(Compiler(folder), torch.device("cpu")), "cpu", dim)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 128), (5, 5, 24), (1, 1, 256)])
+def test_queries_of_a_prompt_are_turned_and_keys_are_kept(
+    folder: Path, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    kernels, n, slots = Emulated(Compiler(folder)), 17, 40
+    generator = torch.Generator().manual_seed(heads)
+    qkv = torch.randn(n, (heads + 2 * kv_heads) * head_dim, generator=generator)
+    angle = torch.rand(n, head_dim // 2, generator=generator) * 100
+    order = torch.randperm(slots, generator=generator).int()
+    at = torch.arange(n, dtype=torch.int32)
+    batch = Batch(at, at * 0, order[:n], at + 1, at, order.view(1, -1), at)
+    cache = kernels.cache(CacheShape(1, kv_heads, head_dim), slots, "bf16")
+    asked = Asked(qkv, (angle.cos(), angle.sin()), batch, cache, 0)
+    found = kernels._attention.turned(asked)
+    first, second = qkv.view(n, -1, head_dim).double().chunk(2, dim=-1)
+    c, s = (turn.double().unsqueeze(1) for turn in (angle.cos(), angle.sin()))
+    turned = torch.cat((first * c - second * s, first * s + second * c), dim=-1)
+    q, k = turned[:, :heads], turned[:, heads : heads + kv_heads]
+    v = qkv.view(n, -1, head_dim)[:, heads + kv_heads :]
+    kept = (cache.keys, cache.values)
+    keys, values = (held[0][:, order[:n].long()].transpose(0, 1) for held in kept)
+    for coded, expected in ((found, q), (keys, k), (values, v)):
+        torch.testing.assert_close(coded.double(), expected.double(), rtol=2**-8, atol=1e-6)
+    assert not cache.keys[0][:, order[n:].long()].any()
+
+
 @pytest.mark.parametrize("form", ["shifted", "8 bits with minimum", "4 bits"])
 def test_rows_are_looked_up_though_no_norm_follows(folder: Path, form: str) -> None:
     weight = random_qtensor(form, (50, 96), 32)
@@ -79,6 +115,44 @@ def test_rows_are_looked_up_though_no_norm_follows(folder: Path, form: str) -> N
     batch = Batch(at, at, at, at, at, at.view(1, -1), at)
     found = kernels.run(lambda static: kernels.embed(static, packed), batch)
     assert off(found, weight.dequantize()[at.long()]) < 1e-6
+
+
+class Late:
+    """A GPU that does nothing before it is waited for; it launches kernels, and is its events."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+        self._launched: list[Callable[[], None]] = []
+
+    def kernel(self, source: str, name: str, **defines: object) -> Launch:
+        launch = self._compiler.kernel(source, name, **defines)
+        return lambda *asked: self._launched.append(partial(launch, *asked))
+
+    def synchronize(self) -> None:
+        while self._launched:
+            self._launched.pop(0)()
+
+    def record(self) -> None:
+        pass
+
+
+def test_what_was_staged_is_read_though_its_pass_is_dropped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, staging, given, found = Late(Compiler(folder)), Staging(), [], []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **of: empty(*size, **of))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: late)
+    for n in range(3):
+        at = torch.tensor([n, n + 7], dtype=torch.int32)
+        given.append(Batch(at, at * 0, at, at + 1, at, torch.arange(40).int().view(1, -1) + n, at))
+        dropped = Pass(Shape.of(given[-1]), late, torch.device("cpu"), staging)
+        found.append(dropped.run(lambda batch: batch, given[-1]))
+        del dropped
+    late.synchronize()
+    for one, other in zip(found, given, strict=True):
+        for field in fields(Batch):
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name))
 
 
 @pytest.mark.parametrize(("size", "tokens", "dim"), [(2, 1, 64), (3, 2, 100)])

@@ -26,7 +26,7 @@ from llamachat.kernels.cuda.attention import Asked, Attention, pointer
 from llamachat.kernels.cuda.best import Best
 from llamachat.kernels.cuda.compiler import Compiler
 from llamachat.kernels.cuda.exchange import MOST, Exchange
-from llamachat.kernels.cuda.passes import Pass, Queue, Shape, moved
+from llamachat.kernels.cuda.passes import Pass, Queue, Shape, Staging, moved
 from llamachat.kernels.cuda.products import ADD, FEW, SEND, STORE, SWIGLU, Coded, Products
 from llamachat.kernels.cuda.prompts import Prompts
 from llamachat.kernels.cuda.quantize import quantize
@@ -43,7 +43,6 @@ __all__ = ["Cuda"]
 THREADS = 128
 LARGEST_HEAD = 256  # elements
 STEPPING = 9  # compute capability of GPUs that run a pass as one kernel
-FLASH = 8  # and from which they have flash attention
 MOST_PASSES = 64  # recorded over a cache; beyond, the one that was not used for longest goes
 # cuDNN's is not among them: it makes a plan for each new length (40 ms), and keeps it (a megabyte).
 SOFTMAX = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -113,11 +112,10 @@ class Cuda(reference.Reference):
         self._attention = Attention(self._steps, self.device, processors)
         self._best = Best(self._compiler, self.device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._queue = Queue()
+        self._queue, self._staging = Queue(), Staging()
         self._waiting: _Sum | _Lookup | None = None
         self._exchange: Exchange | None = None
         self._is_pass = False
-        self._has_flash = properties.major >= FLASH
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the GPU; copied while the host goes on."""
@@ -269,7 +267,7 @@ class Cuda(reference.Reference):
     def linear_add(self, x: Act, weight: Weight, h: Tensor) -> None:
         """h (T, D) += W x."""
         if isinstance(x, Tensor) and len(x) > FEW:
-            h += self.linear(x, weight)
+            self._prompts.linear_add(x, weight, h)
             return
         act = self._coded(x.float().contiguous()) if isinstance(x, Tensor) else x
         if self._is_pass:
@@ -309,8 +307,7 @@ class Cuda(reference.Reference):
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """As flash attention where that can be."""
-        is_flash = span.causal and q.dtype == torch.bfloat16 and q.shape[2] % 8 == 0
-        if not is_flash or not self._has_flash:
+        if not span.causal or q.dtype != torch.bfloat16:
             with sdpa_kernel(SOFTMAX):
                 return super()._attend(q, keys, values, span)
         k, v = keys.unsqueeze(0), values.unsqueeze(0)
@@ -331,7 +328,7 @@ class Cuda(reference.Reference):
         if len(passes) >= MOST_PASSES:
             torch.cuda.current_stream(self.device).synchronize()
             del passes[next(iter(passes))]
-        passes[shape] = Pass(shape, self._steps, self.device)
+        passes[shape] = Pass(shape, self._steps, self.device, self._staging)
         return passes[shape].run(noted, batch)
 
     def _noted(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:

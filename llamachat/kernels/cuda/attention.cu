@@ -6,21 +6,20 @@
 extern "C" __global__ void store(const __grid_constant__ Attention a) {
     release_next();
     await_inputs();
-    append(a, blockIdx.y, blockIdx.x);
+    const int kv_head = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+    if (kv_head < a.kv_heads) append(a, blockIdx.y, kv_head);
 }
 
-// Turned queries as bfloat16 (T, H, E) to `partial`; a warp each.
+// Turned queries as bfloat16 (T, H, E) to `partial`; a thread for eight elements.
 extern "C" __global__ void turn(const __grid_constant__ Attention a) {
     release_next();
     await_inputs();
-    const int e = threadIdx.x * 8;
-    if (e >= HEAD_DIM) return;
+    const int at = 8 * (blockIdx.x * blockDim.x + threadIdx.x), width = a.heads * HEAD_DIM;
+    if (at >= width) return;
     float q[8];
-    turned8(a, blockIdx.y, blockIdx.x, e, q);
-    const int64_t row = static_cast<int64_t>(blockIdx.y) * a.heads + blockIdx.x;
-    uint16_t* to = reinterpret_cast<uint16_t*>(a.partial) + row * HEAD_DIM + e;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) to[i] = to_bfloat16(q[i]);
+    turned8(a, blockIdx.y, at / HEAD_DIM, at % HEAD_DIM, q);
+    uint16_t* to = reinterpret_cast<uint16_t*>(a.partial) + static_cast<int64_t>(blockIdx.y) * width + at;
+    *reinterpret_cast<uint4*>(to) = bfloat16s(q);
 }
 
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp) attend(const __grid_constant__ Attention a) {

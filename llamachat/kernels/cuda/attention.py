@@ -13,7 +13,7 @@ from llamachat.kernels.cuda.step import Launch, Steps
 from llamachat.kernels.cuda.weights import BLOCK
 from llamachat.kernels.reference import Cache
 
-THREADS, COMBINING = 512, 128  # of a block
+THREADS, COMBINING, PREPARING = 512, 128, 256  # of a block
 CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 SHARED_HEADS, ALONE = 4, 512  # query heads that a block has at most; one, of so many entries
 WHOLE, LEAST_SPLIT, MOST_SPLITS = 256, 64, 32  # entries that are not split; of a split
@@ -86,11 +86,12 @@ class Attention:
     def turned(self, asked: Asked) -> Tensor:
         """Store keys and values; the queries (T, H, E), turned, as bfloat16."""
         args = asked.args()
-        self._store(asked, args)
+        self._store(asked, args, PREPARING)
         size = (asked.tokens, asked.heads, asked.cache.shape.head_dim)
         q = asked.qkv.new_empty(size, dtype=torch.bfloat16)
         args.partial = q.data_ptr()
-        self._kernel(asked, "turn")((asked.heads, asked.tokens), 32, args)
+        blocks = -(-q[0].numel() // (8 * PREPARING))
+        self._kernel(asked, "turn")((blocks, asked.tokens), PREPARING, args)
         return q
 
     def attend(self, asked: Asked, out: structures.Acts) -> None:
@@ -103,7 +104,7 @@ class Attention:
         is_whole = shape.head_dim % BLOCK == 0 and blocks * tokens <= TICKETS
         args.tickets = self._tickets.data_ptr() if is_whole else None
         if tokens > 1:  # which see each other
-            self._store(asked, args)
+            self._store(asked, args, 32)
         n_parts = tokens * heads * splits
         partial, weights = (asked.qkv.new_empty(n_parts * n) for n in (shape.head_dim, 2))
         args.partial, args.weights = partial.data_ptr(), weights.data_ptr()
@@ -114,8 +115,9 @@ class Attention:
                 (-(-out.blocks // (COMBINING // 32)), tokens), COMBINING, args
             )
 
-    def _store(self, asked: Asked, args: structures.Attention) -> None:
-        self._kernel(asked, "store")((asked.cache.shape.n_kv_heads, asked.tokens), 32, args)
+    def _store(self, asked: Asked, args: structures.Attention, threads: int) -> None:
+        blocks = -(-asked.cache.shape.n_kv_heads // (threads // 32))  # a warp for each head
+        self._kernel(asked, "store")((blocks, asked.tokens), threads, args)
 
     def _kernel(self, asked: Asked, name: str) -> Launch:
         cache = asked.cache

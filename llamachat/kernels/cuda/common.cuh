@@ -30,11 +30,13 @@ struct Acts {
 
 __device__ __forceinline__ float of_bfloat16(uint32_t bits) { return __uint_as_float(bits << 16); }
 
-// To the nearest, ties to even; a NaN stays one.
 __device__ __forceinline__ uint16_t to_bfloat16(float value) {
-    const uint32_t bits = __float_as_uint(value);
-    if (value != value) return 0x7FFF;
-    return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    return static_cast<uint16_t>(pack_bfloat16(value, 0.0f));
+}
+
+__device__ __forceinline__ uint4 bfloat16s(const float (&x)[8]) {
+    return make_uint4(pack_bfloat16(x[0], x[1]), pack_bfloat16(x[2], x[3]),
+                      pack_bfloat16(x[4], x[5]), pack_bfloat16(x[6], x[7]));
 }
 
 __device__ __forceinline__ float larger(float a, float b) {  // NaN if one of them is

@@ -5,6 +5,7 @@ The batch is made on the host. It goes to the GPU at once, into memory that the 
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -46,20 +47,50 @@ class Shape:
         return Shape(len(batch.ids), len(batch.wanted), batch.table.shape[0], entries)
 
 
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """Pinned memory for a batch, and when a kernel last read it."""
+
+    memory: Tensor
+    read: torch.cuda.Event
+
+
+class Staging:
+    """Pinned memory that batches are staged in.
+
+    Torch does not know of the kernels that read it, and would let others write to it at once. So
+    it is never freed, but goes to the next pass of the same size, which waits for those kernels.
+    """
+
+    def __init__(self) -> None:
+        self._spare: dict[int, list[_Staged]] = {}
+
+    def lend(self, borrower: object, count: int) -> _Staged:
+        """Room for so many numbers, for as long as `borrower` lives."""
+        spare = self._spare.setdefault(count, [])
+        staged = spare.pop() if spare else _staged(count)
+        weakref.finalize(borrower, spare.append, staged).atexit = False
+        return staged
+
+
+def _staged(count: int) -> _Staged:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
+    return _Staged(torch.empty(count, dtype=torch.int32, pin_memory=True), event)
+
+
 class Pass:
     """Memory for batches of one shape, and the graph over it once there is one."""
 
-    def __init__(self, shape: Shape, steps: Steps, device: torch.device) -> None:
+    def __init__(self, shape: Shape, steps: Steps, device: torch.device, staging: Staging) -> None:
         self._shape = shape
         self._steps = steps
         table = shape.rows * shape.entries
         sizes = dict.fromkeys(NAMES, shape.tokens) | {"wanted": shape.wanted, "table": table}
-        self._staged = torch.empty(sum(sizes.values()), dtype=torch.int32, pin_memory=True)
-        self._static = torch.empty(len(self._staged), dtype=torch.int32, device=device)
+        self._staged = staging.lend(self, sum(sizes.values()))
+        self._static = torch.empty(sum(sizes.values()), dtype=torch.int32, device=device)
         parts = dict(zip(sizes, torch.split(self._static, list(sizes.values())), strict=True))
         parts["table"] = parts["table"].view(shape.rows, shape.entries)
         self._batch = Batch(**parts)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
         self._kept: list[Tensor] = []  # that the graph reads
@@ -90,14 +121,15 @@ class Pass:
         return self._result.clone()
 
     def _bring(self, batch: Batch) -> None:
-        self._copied.synchronize()  # of the batch before
+        memory, read = self._staged.memory, self._staged.read
+        read.synchronize()  # the batch before
         is_known, tokens = batch.ids.is_cpu, self._shape.tokens
         parts = (getattr(batch, name) for name in (NAMES if is_known else NAMES[1:]))
         entries = self._shape.entries
         flat = [part[:, :entries].flatten() if part.ndim == 2 else part for part in parts]
-        torch.cat(flat, out=self._staged[0 if is_known else tokens :])
+        torch.cat(flat, out=memory[0 if is_known else tokens :])
         args = structures.Bring(
-            staged=self._staged.data_ptr(),
+            staged=memory.data_ptr(),
             chosen=None if is_known else batch.ids.long().data_ptr(),
             to=self._static.data_ptr(),
             count=len(self._static),
@@ -105,7 +137,7 @@ class Pass:
         )
         kernel = self._steps.kernel("stream.cu", "bring", WEIGHTS=0)
         kernel((-(-len(self._static) // THREADS),), THREADS, args)
-        self._copied.record()
+        read.record()
 
 
 class Queue:

@@ -190,7 +190,7 @@ __device__ __forceinline__ void multiply_bfloat16(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two floats, rounded to the nearest, the first in the lower half.
+// Two floats to the nearest, ties to even, the first in the lower half; a NaN stays one.
 __device__ __forceinline__ uint32_t pack_bfloat16(float first, float second) {
     uint32_t both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));

@@ -11,7 +11,7 @@
 // A stage of the ring has four boxes of a unit, for the four warps of a team; teams take turns.
 // Stages on their way at once are fewer, or whatever else a block asks of memory would wait behind them.
 // Compiled for FORMS, TOKENS, WARPS (that multiply), STAGES, FLYING, TABLES (0: of floats, 1: scales, 2: and
-// minima), HEAD_DIM, HEADS and CACHE.
+// minima), ARRIVING (lanes that speak for a warp), HEAD_DIM, HEADS and CACHE.
 #include "attention.cuh"
 #include "matrix.cuh"
 
@@ -167,7 +167,7 @@ __device__ __forceinline__ void produce(const Step& step) {
 // This warp is done with what a barrier stands for.
 __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(barrier);
+    if (threadIdx.x % kWarp < ARRIVING) barrier_arrive(barrier);
 }
 
 // This warp's boxes of 32 rows, which the ring brings.
@@ -310,8 +310,9 @@ __device__ __forceinline__ void consume(const Step& step) {
 
 extern "C" __global__ void __launch_bounds__(kThreads + kWarp, 1) run_step(const __grid_constant__ Step a) {
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) barrier_init(full + i, 1), barrier_init(empty + i, kBoxes);
-        for (int i = 0; i < 2; ++i) barrier_init(summed + i, WARPS), barrier_init(taken + i, WARPS);
+        constexpr int kArriving = WARPS * ARRIVING;
+        for (int i = 0; i < STAGES; ++i) barrier_init(full + i, 1), barrier_init(empty + i, kBoxes * ARRIVING);
+        for (int i = 0; i < 2; ++i) barrier_init(summed + i, kArriving), barrier_init(taken + i, kArriving);
     }
     for (int i = threadIdx.x; i < a.n_phases * 9; i += kThreads + kWarp)
         acquire_map(&a.phases[i / 9].maps[i % 9 / 3][i % 3]);

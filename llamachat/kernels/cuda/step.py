@@ -43,6 +43,8 @@ class Tuning:
         entries: of the table, at most. Attention over more is another kernel (attention.ALONE), and
             faster as one of its own, which has twice the warps.
         kinds: of weights; with others, passes are kernels of their own.
+        arriving: lanes of a warp that say when it is done: 1, or for racecheck 32, which follows
+            only what those have written that say so themselves.
     """
 
     warps: int
@@ -50,6 +52,7 @@ class Tuning:
     flying: int = 4
     entries: int = 512
     kinds: frozenset[int] = frozenset(TABLE_BYTES)
+    arriving: int = 1
 
 
 # By tokens of a pass, up to which. Others are kernels of their own, which are faster where weights
@@ -265,6 +268,7 @@ class Steps:
             STAGES=stages,
             FLYING=min(tuning.flying, stages),
             TABLES=tables,
+            ARRIVING=tuning.arriving,
             **shape,
         )
         args = structures.Step(

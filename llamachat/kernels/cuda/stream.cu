@@ -116,30 +116,31 @@ struct Unpack {
     Part parts[3];  // one after the other
     uint16_t* out;  // bfloat16 (rows, columns)
     int64_t columns;
-    int64_t first;  // row, of all parts
+    int64_t first;  // row, of each part
+    int64_t rows;
 };
 
-// A block for a row and some of its groups of eight. Columns beyond the last are left out: `columns` need not be
-// a multiple of 8.
+// A block for some rows of a part and some of their groups of eight; all rows are asked for before one is stored.
+// Columns beyond the last are left out: `columns` need not be a multiple of 8.
 extern "C" __global__ void unpack(const __grid_constant__ Unpack a) {
+    constexpr int kRows = 4;
     release_next();
     await_inputs();
+    const Part& p = a.parts[blockIdx.z];
     const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
-    if (column >= a.columns) return;
-    int64_t from = a.first + blockIdx.x;
-    int n = 0;
-    for (; n < 2 && from >= a.parts[n].rows; ++n) from -= a.parts[n].rows;
-    float values[8];
-    values8<WEIGHTS>(a.parts[n], from, column, values);
-    uint16_t* to = a.out + blockIdx.x * a.columns + column;
-    if (a.columns % 8 == 0) {
-        uint32_t words[4];
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRows, end = min(p.rows - a.first, a.rows);
+    if (column >= a.columns || begin >= end) return;
+    float values[kRows][8];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) words[k] = to_bfloat16(values[2 * k]) | to_bfloat16(values[2 * k + 1]) << 16;
-        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-        return;
+    for (int k = 0; k < kRows; ++k) values8<WEIGHTS>(p, a.first + min(begin + k, end - 1), column, values[k]);
+    uint16_t* to = a.out + begin * a.columns + column;
+    for (int n = 0; n < static_cast<int>(blockIdx.z); ++n) to += a.parts[n].rows * a.columns;
+#pragma unroll
+    for (int k = 0; k < kRows; ++k, to += a.columns) {
+        if (begin + k >= end) return;
+        if (a.columns % 8 == 0) *reinterpret_cast<uint4*>(to) = bfloat16s(values[k]);
+        else for (int i = 0; i < 8 && column + i < a.columns; ++i) to[i] = to_bfloat16(values[k][i]);
     }
-    for (int k = 0; k < 8 && column + k < a.columns; ++k) to[k] = to_bfloat16(values[k]);
 }
 
 struct Code {
@@ -176,6 +177,7 @@ extern "C" __global__ void norm_rows(const __grid_constant__ Rows a) {
     __shared__ float sums[32];
     const float* x = a.x + blockIdx.x * a.dim;
     float sum = 0;
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < a.dim; i += blockDim.x) sum += x[i] * x[i];
     sum = sum_over(sum);
     if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
@@ -183,15 +185,26 @@ extern "C" __global__ void norm_rows(const __grid_constant__ Rows a) {
     sum = sum_over(threadIdx.x % kWarp < blockDim.x / kWarp ? sums[threadIdx.x % kWarp] : 0.0f);
     const float factor = rsqrtf(sum / static_cast<float>(a.dim) + a.eps);
     uint16_t* out = a.out + blockIdx.x * a.dim;
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < a.dim; i += blockDim.x) out[i] = to_bfloat16(x[i] * factor * a.gain[i]);
 }
 
-// silu(gate) * up, of gate | up (T, 2 dim).
+// silu(gate) * up, of gate | up (T, 2 dim); a thread has some columns, all of which it asks for at once.
 extern "C" __global__ void gate_rows(const __grid_constant__ Rows a) {
+    constexpr int kColumns = 4;
     release_next();
     await_inputs();
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= a.dim) return;
-    const float gate = a.x[blockIdx.y * 2 * a.dim + i], up = a.x[(blockIdx.y * 2 + 1) * a.dim + i];
-    a.out[blockIdx.y * a.dim + i] = to_bfloat16(gate / (1.0f + expf(-gate)) * up);
+    const float* x = a.x + blockIdx.y * 2 * a.dim;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x * kColumns + threadIdx.x;
+    float gate[kColumns], up[kColumns];
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+        const int64_t i = min(first + k * blockDim.x, a.dim - 1);
+        gate[k] = x[i], up[k] = x[a.dim + i];
+    }
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+        const int64_t i = first + k * blockDim.x;
+        if (i < a.dim) a.out[blockIdx.y * a.dim + i] = to_bfloat16(gate[k] / (1.0f + expf(-gate[k])) * up[k]);
+    }
 }

@@ -144,6 +144,7 @@ class Unpack(Structure):
         ("out", c_void_p),
         ("columns", c_int64),
         ("first", c_int64),
+        ("rows", c_int64),
     )
 
 
