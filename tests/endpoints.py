@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,10 +10,12 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from programs import LLAMACHAT, run
 
 from llamachat.chat.endpoint import Endpoint, parse_endpoint
 from llamachat.chat.events import Done
@@ -85,8 +88,19 @@ def text(endpoint: Endpoint, **said: Any) -> str:
     return ask(talk(endpoint, said)).text
 
 
+def run_at(
+    endpoint: Endpoint, home: Path, *words: str, stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    """`llamachat` with these words, of which the server answers; it has ended."""
+    (home / "key").write_text(KEY)
+    place = ("--endpoint", endpoint.url, "--api-key-file", str(home / "key"))
+    return run((*LLAMACHAT, *words, *place), home, stdin=stdin)
+
+
 class AsEveryServer:
     """Tests of a module whose fixture `server` has a context of 512 tokens and wants the key."""
+
+    model: str  # as the server calls it
 
     def test_a_seed_repeats_its_reply(self, server: Endpoint) -> None:
         texts = [text(server, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
@@ -131,3 +145,9 @@ class AsEveryServer:
     def test_a_model_that_is_not_there_is_told(self, server: Endpoint) -> None:
         with pytest.raises(ModelNotFoundError, match="other"):
             connect(server, "other", lambda _: None)
+
+    def test_one_shot_answers_come_through_pipes(self, server: Endpoint, tmp_path: Path) -> None:
+        ended = run_at(server, tmp_path, "chat", "--json", "-n", "5", stdin=b"Hi")
+        told = json.loads(ended.stdout)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        assert (told["model"], told["completion_tokens"]) == (self.model, 5)

@@ -21,8 +21,6 @@ from endpoints import (
     talk,
     text,
 )
-from programs import LLAMACHAT
-from programs import run as run_program
 
 from llamachat.chat.endpoint import Endpoint, parse_endpoint
 from llamachat.chat.events import Text
@@ -52,7 +50,7 @@ def server(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[End
 
 
 class TestLlamaServer(AsEveryServer):
-    pass
+    model = "stories"
 
 
 def test_the_most_typical_token_is_the_same_for_every_seed(server: Endpoint) -> None:
@@ -128,12 +126,3 @@ def test_every_field_that_is_sent_arrives(server: Endpoint) -> None:
     with urlopen(request, timeout=10) as response:
         understood = json.load(response)["__verbose"]["generation_settings"]
     assert {name: understood.get(name) for name in sent} == sent
-
-
-def test_one_shot_answers_come_through_pipes(server: Endpoint, tmp_path: Path) -> None:
-    (tmp_path / "key").write_text(KEY)
-    place = ("--endpoint", server.url, "--api-key-file", str(tmp_path / "key"))
-    ended = run_program((*LLAMACHAT, "chat", "--json", "-n", "5", *place), tmp_path, stdin=b"Hi")
-    told = json.loads(ended.stdout)
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    assert (told["model"], told["completion_tokens"]) == ("stories", 5)

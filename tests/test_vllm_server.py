@@ -5,7 +5,6 @@ LLAMACHAT_TEST_VLLM_MODEL is the folder of a small chat model.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -20,12 +19,11 @@ from endpoints import (
     AsEveryServer,
     ask,
     free_port,
+    run_at,
     serving,
     talk,
     text,
 )
-from programs import LLAMACHAT
-from programs import run as run_program
 
 from llamachat.chat.endpoint import Endpoint, parse_endpoint
 from llamachat.chat.events import Text
@@ -60,7 +58,7 @@ def server() -> Iterator[Endpoint]:
 
 
 class TestVLLM(AsEveryServer):
-    pass
+    model = "small"
 
 
 def test_the_server_tells_its_kind_and_its_context(server: Endpoint) -> None:
@@ -129,15 +127,9 @@ def test_an_interrupted_reply_leaves_the_server_free(server: Endpoint) -> None:
     assert ask(talk(server, GREEDY)).finish_reason == "length"
 
 
-def test_programs_answer_through_pipes(server: Endpoint, tmp_path: Path) -> None:
-    (tmp_path / "key").write_text(KEY)
-    place = ("--endpoint", server.url, "--api-key-file", str(tmp_path / "key"))
-    ended = run_program((*LLAMACHAT, "chat", "--json", "-n", "5", *place), tmp_path, stdin=b"Hi")
-    told = json.loads(ended.stdout)
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    assert (told["model"], told["completion_tokens"]) == ("small", 5)
-    asked = ("compare", "Hi", "-n", "5", "--with", "greedy", "--with", "top-p:0.8,seed=3", *place)
-    ended = run_program((*LLAMACHAT, *asked), tmp_path)
+def test_strategies_are_compared_through_pipes(server: Endpoint, tmp_path: Path) -> None:
+    asked = ("compare", "Hi", "-n", "5", "--with", "greedy", "--with", "top-p:0.8,seed=3")
+    ended = run_at(server, tmp_path, *asked)
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert b"greedy" in ended.stdout
     assert b"top-p:0.8" in ended.stdout

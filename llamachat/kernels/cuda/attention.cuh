@@ -99,6 +99,8 @@ __device__ __forceinline__ void store8(uint8_t* to, int64_t at, const Eight& raw
 
 // Eight elements as they are stored; for 8 bits the kLanes lanes of a row act together.
 __device__ __forceinline__ Eight coded8(const float (&x)[8], float& scale) {
+    scale = 1.0f;
+    if constexpr (CACHE == kBf16) return {bfloat16s(x), {}};
     uint32_t words[8] = {};
     if constexpr (CACHE == kInt8) {
         float top = 0;
@@ -114,12 +116,8 @@ __device__ __forceinline__ Eight coded8(const float (&x)[8], float& scale) {
             words[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(code)) << (8 * (i % 4));
         }
     } else {
-        scale = 1.0f;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if constexpr (CACHE == kF32) words[i] = __float_as_uint(x[i]);
-            else words[i / 2] |= static_cast<uint32_t>(to_bfloat16(x[i])) << (16 * (i % 2));
-        }
+        for (int i = 0; i < 8; ++i) words[i] = __float_as_uint(x[i]);
     }
     return {make_uint4(words[0], words[1], words[2], words[3]), make_uint4(words[4], words[5], words[6], words[7])};
 }

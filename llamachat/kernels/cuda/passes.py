@@ -87,7 +87,7 @@ class Pass:
         table = shape.rows * shape.entries
         sizes = dict.fromkeys(NAMES, shape.tokens) | {"wanted": shape.wanted, "table": table}
         self._staged = staging.lend(self, sum(sizes.values()))
-        self._static = torch.empty(sum(sizes.values()), dtype=torch.int32, device=device)
+        self._static = torch.empty(len(self._staged.memory), dtype=torch.int32, device=device)
         parts = dict(zip(sizes, torch.split(self._static, list(sizes.values())), strict=True))
         parts["table"] = parts["table"].view(shape.rows, shape.entries)
         self._batch = Batch(**parts)
